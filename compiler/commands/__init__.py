@@ -1,0 +1,1 @@
+"""One command of the shell per file; a command is discovered by its file name."""

@@ -1,0 +1,22 @@
+"""Errors for people: what was wrong, the rule, what came, and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MxloomError(Exception):
+    """A run that cannot go on. Its text stands alone; the command line prints it and exits with `exit_status`."""
+
+    exit_status = 1
+
+
+class UsageError(MxloomError):
+    """What the user asked for makes no sense: an unknown name, a recipe key, a rule without effect."""
+
+    exit_status = 2
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean "x"?)` for the nearest of `choices`, or nothing where none is near."""
+    near = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f' (did you mean "{near[0]}"?)' if near else ""

@@ -1,0 +1,1 @@
+"""One pass per file; a pass is discovered by its file name."""
