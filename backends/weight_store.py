@@ -1,0 +1,318 @@
+"""Weights by name: memory-mapped where they come from files, replaced without touching what shares them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..dialects.errors import MxloomError, did_you_mean
+from .safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import dtype as Dtype
+    from xdsl.ir import Attribute
+
+    from ..dialects.formats import Encoded
+
+PARTS = ("codes", "scales", "global_scale", "zero_points")
+"""What an encoded tensor `name` is stored as: `name.codes`, `name.scales` ..."""
+
+INDEX_LIMIT = 50_000_000
+"""Bytes of a shard index that are read at most."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that stays in its file until someone asks for it."""
+
+    file: SafetensorsFile
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.entries[self.name].shape
+
+    @property
+    def dtype(self) -> Dtype:
+        return self.file.entries[self.name].torch_dtype
+
+    def load(self) -> Tensor:
+        return self.file[self.name]
+
+
+class WeightStore(Mapping[str, "Tensor"]):
+    """Tensors by their name in the model.
+
+    `store[name]` is the tensor as stored and must not be written to. An alias (a tied weight) is a second name of one
+    tensor: stored once and counted once. `put` under either name leaves the other as it was.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor | _Stored] = {}
+        self._aliases: dict[str, str] = {}
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> WeightStore:
+        """The tensors themselves, not copies; two names of one tensor become a name and its alias."""
+        store, seen = cls(), {}
+        for name, tensor in tensors.items():
+            tensor = tensor.detach()
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            if tensor.numel() and place in seen:
+                store._aliases[name] = seen[place]
+            else:
+                store._tensors[name] = tensor
+                seen[place] = name
+        return store
+
+    @classmethod
+    def from_safetensors(cls, folder: str | Path) -> WeightStore:
+        """Every tensor of a checkpoint folder, under the checkpoint's own names, memory-mapped.
+
+        The folder holds `model.safetensors`, or `model.safetensors.index.json` and its shards, or exactly one other
+        `.safetensors` file. Raises MxloomError for anything else, pickle checkpoints included.
+        """
+        store = cls()
+        for path, names in checkpoint_files(Path(folder)).items():
+            file = SafetensorsFile(path)
+            for name in file if names is None else names:
+                if name not in file:
+                    raise MxloomError(f"{path}: tensor {name!r} is missing, though the shard index says it is here.")
+                store._tensors[name] = _Stored(file, name)
+        return store
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entry(name)
+        return entry.load() if isinstance(entry, _Stored) else entry
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._tensors
+        yield from self._aliases
+
+    def __len__(self) -> int:
+        return len(self._tensors) + len(self._aliases)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors or name in self._aliases
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Second names of tensors: alias to the name under which the tensor is stored."""
+        return dict(self._aliases)
+
+    def canonical(self, name: str) -> str:
+        """The name under which `name` is stored: itself, or what it is an alias of."""
+        return self._aliases.get(name, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes, without reading the tensor."""
+        return tuple(self._entry(name).shape)
+
+    def dtype(self, name: str) -> Dtype:
+        """The dtype as stored, without reading the tensor."""
+        return self._entry(name).dtype
+
+    def stored_bits(self, name: str) -> int:
+        """Bits that `name` takes as stored; for an encoded tensor the sum over its parts."""
+        names = [name] if name in self else self.parts(name).values()
+        if not names:
+            raise self._unknown(name)
+        return sum(8 * prod(self.shape(part)) * self.dtype(part).itemsize for part in names)
+
+    def wide(self, name: str) -> Tensor:
+        """The values in f32 (integers and booleans as they are): what a parameter of a wide type means."""
+        import torch
+
+        tensor = self[name]
+        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+
+    def parts(self, name: str) -> dict[str, str]:
+        """The parts of an encoded tensor that are there: part to the name it is stored under."""
+        if f"{name}.codes" not in self:
+            return {}
+        return {part: f"{name}.{part}" for part in PARTS if f"{name}.{part}" in self}
+
+    def encoded(self, name: str, format: Attribute, shape: tuple[int, ...]) -> Encoded:
+        """The codes and scales of `name`, a tensor of `shape` in `format`. MxloomError if the parts do not fit it."""
+        from ..dialects.formats import Encoded
+
+        parts = self.parts(name)
+        if not parts:
+            raise MxloomError(f"{name}: no codes are stored for it, though the module types it {format}.")
+        try:
+            return Encoded.from_tensors(format, shape, {part: self[stored] for part, stored in parts.items()})
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise MxloomError(f"{name}: what is stored is no tensor {shape} of {format}: {error}") from error
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Store `tensor` as `name` from now on; other names of what was there keep what was there."""
+        self.discard(name)
+        self._tensors[name] = tensor
+
+    def put_encoded(self, name: str, encoded: Encoded) -> None:
+        """Store codes and scales of `name` in place of its values."""
+        for part in PARTS:
+            self.discard(f"{name}.{part}")
+        for part, tensor in encoded.tensors().items():
+            self.put(f"{name}.{part}", tensor)
+        self.discard(name)
+
+    def discard(self, name: str) -> None:
+        """Forget `name`; other names of the same tensor keep it."""
+        self._aliases.pop(name, None)
+        entry = self._tensors.pop(name, None)
+        followers = [alias for alias, target in self._aliases.items() if target == name]
+        if entry is None or not followers:
+            return
+        heir, *others = followers
+        del self._aliases[heir]
+        self._tensors[heir] = entry
+        self._aliases.update(dict.fromkeys(others, heir))
+
+    def alias(self, name: str, target: str) -> None:
+        """Make `name` a second name of `target`, whether that is stored wide or encoded."""
+        if target not in self and (parts := self.parts(target)):
+            self.discard(name)
+            for part, stored in parts.items():
+                self.alias(f"{name}.{part}", stored)
+            return
+        self._entry(target)
+        if self.canonical(target) != self.canonical(name):
+            self.discard(name)
+            self._aliases[name] = self.canonical(target)
+
+    def copy(self) -> WeightStore:
+        """A store that may change on its own; the tensors are shared."""
+        other = WeightStore()
+        other._tensors, other._aliases = dict(self._tensors), dict(self._aliases)
+        return other
+
+    def renamed(self, names: Mapping[str, str]) -> WeightStore:
+        """A store whose `name` is this one's `names[name]`; two names of one tensor become a name and its alias."""
+        other, seen = WeightStore(), {}
+        for name, own in names.items():
+            own = self.canonical(own)
+            if own in seen:
+                other._aliases[name] = seen[own]
+            else:
+                other._tensors[name] = self._tensors[own]
+                seen[own] = name
+        return other
+
+    def check_finite(self, names: Iterable[str] | None = None) -> None:
+        """Read the tensors one by one; MxloomError names the first with a NaN or an infinity, and how many it has."""
+        for name in self._tensors if names is None else names:
+            tensor = self[name]
+            if not tensor.is_floating_point():
+                continue
+            bad = tensor.numel() - int(tensor.float().isfinite().sum())
+            if bad:
+                raise MxloomError(
+                    f"{name}: {bad} of {tensor.numel()} values are NaN or infinite. "
+                    "No format can carry them; mend the checkpoint first."
+                )
+
+    def _entry(self, name: str) -> Tensor | _Stored:
+        try:
+            return self._tensors[self.canonical(name)]
+        except KeyError:
+            raise self._unknown(name) from None
+
+    def _unknown(self, name: str) -> UnknownWeightError:
+        return UnknownWeightError(f"no weight is named {name!r}{did_you_mean(name, self)}.")
+
+
+class UnknownWeightError(MxloomError, KeyError):
+    """No such name in the store."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def checkpoint_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The safetensors files of a checkpoint folder, each with the names to take from it (None: all).
+
+    Raises MxloomError for a missing folder, no safetensors, a pickle checkpoint, or an index that leads elsewhere.
+    """
+    if not folder.is_dir():
+        raise MxloomError(f"{folder}: no such folder.")
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return {_inside(folder, single.name, folder): None}
+    if index.is_file():
+        return _shards(folder, index)
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return {_inside(folder, others[0].name, folder): None}
+    if others:
+        raise MxloomError(
+            f"{folder}: {len(others)} safetensors files and no model.safetensors.index.json to join them."
+        )
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise MxloomError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when it is read; mxloom reads safetensors and GGUF "
+            "only. Convert it where you trust it: load it with transformers and call save_pretrained."
+        )
+    raise MxloomError(f"{folder}: no weights: neither model.safetensors nor model.safetensors.index.json.")
+
+
+def _shards(folder: Path, index: Path) -> dict[Path, list[str] | None]:
+    weight_map = read_json(index, INDEX_LIMIT).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MxloomError(f'{index}: "weight_map" must map tensor names to shard files; it is {_short(weight_map)}.')
+    shards: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise MxloomError(f"{index}: the shard of {name!r} must be a file name; it is {_short(shard)}.")
+        shards.setdefault(shard, []).append(name)
+    return {_inside(folder, shard, index): names for shard, names in shards.items()}
+
+
+def _inside(folder: Path, name: str, source: Path) -> Path:
+    """`folder / name` when that is a plain file of the folder; a link that leaves the folder is an error too.
+
+    Links within one download cache (`snapshots/x/model.safetensors` to `../../blobs/hash`) stay under the cache of
+    their model and are followed.
+    """
+    if not name.endswith(".safetensors") or name != Path(name).name or "\\" in name:
+        raise MxloomError(f"{source}: {_short(name)} is not the plain name of a .safetensors file in {folder}.")
+    path = folder / name
+    if not path.is_file():
+        raise MxloomError(f"{source}: the shard {name} is not in {folder}.")
+    home, target = folder.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs"
+    if target.parent != home and not (home.parent.name == "snapshots" and target.parent == blobs):
+        raise MxloomError(f"{source}: {name} is a link that leaves {folder}; put the file itself there.")
+    return path
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes; MxloomError names the file and what is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise MxloomError(f"{path}: cannot be read ({error.strerror}).") from error
+    if len(raw) > limit:
+        raise MxloomError(f"{path}: more than {limit} bytes; that is no such file of a model.")
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MxloomError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise MxloomError(f"{path}: must hold a JSON object; it holds {_short(fields)}.")
+    return fields
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
