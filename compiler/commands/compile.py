@@ -1,0 +1,84 @@
+"""Compile a model: give number formats to its tensors and write the result as one folder.
+
+mxloom compile ./Qwen3-0.6B --weights mxfp4 --activations mxint8 --out ./q06
+mxloom compile ./Qwen3-0.6B --recipe recipe.yaml --out ./q06
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...dialects.errors import UsageError
+from . import _json
+
+if TYPE_CHECKING:
+    from ..compiled import Compiled
+    from ..evaluation import Evaluation
+    from ..progress import Progress
+    from ..recipe import Recipe
+
+summary = "give number formats to a model's tensors and write it as one folder"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder (safetensors) or a GGUF file")
+    parser.add_argument("--recipe", metavar="FILE", help="what to do, as YAML (see mxloom recipe)")
+    parser.add_argument("--weights", metavar="FORMAT", help="format of every contraction's weight (see mxloom formats)")
+    parser.add_argument("--activations", metavar="FORMAT", help="format of every contraction's other operands")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
+    _json.add_option(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..driver import compile
+    from ..progress import Progress
+
+    recipe = _recipe(args)
+    progress = Progress()
+    with progress.working(f"compiling {args.model}") as report:
+        compiled = compile(args.model, recipe, report=report)
+        report("cost", compiled.cost().summary())
+    evaluation = _evaluated(compiled, recipe, progress)
+    folder = compiled.save(args.out)
+    results = compiled.report() | {"folder": str(folder), "evaluation": evaluation and evaluation.to_json()}
+    _json.write(results) if args.json else _print(compiled, evaluation, folder)
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe in the file, or the one rule that --weights and --activations stand for."""
+    from ...dialects.instances import format_of
+    from ..recipe import Recipe
+
+    formats = {name: getattr(args, name) for name in ("weights", "activations") if getattr(args, name)}
+    if args.recipe and formats:
+        raise UsageError(f"--recipe and --{next(iter(formats))} exclude each other: put the formats into the recipe")
+    if args.recipe:
+        return Recipe.from_file(args.recipe)
+    if not formats:
+        raise UsageError("give --recipe FILE, or --weights FORMAT and --activations FORMAT")
+    for format in formats.values():
+        format_of(format)
+    return Recipe.from_dict({"quantize": [formats]})
+
+
+def _evaluated(compiled: Compiled, recipe: Recipe, progress: Progress) -> Evaluation | None:
+    """What the recipe's `evaluate` asks for; its text is found from the recipe's folder."""
+    wanted = recipe.evaluate
+    if wanted is None:
+        return None
+    from ..evaluation import evaluate
+
+    text = (recipe.path.parent if recipe.path else Path()) / wanted.text
+    with progress.working("evaluating"):
+        return evaluate(compiled, text, context=wanted.context, limit=wanted.limit)
+
+
+def _print(compiled: Compiled, evaluation: Any, folder: Path) -> None:
+    print(compiled.coverage().summary())
+    print(compiled.cost().summary())
+    if evaluation is not None:
+        print(evaluation)
+    print(f"wrote {folder} ({', '.join(sorted(file.name for file in folder.iterdir()))})")
