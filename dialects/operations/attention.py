@@ -1,0 +1,122 @@
+"""Attention as one operation, and the rotary embedding that goes before it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType, UnitAttr
+from xdsl.ir import TypeAttribute
+from xdsl.irdl import (
+    AttrSizedOperandSegments,
+    irdl_op_definition,
+    operand_def,
+    opt_operand_def,
+    opt_prop_def,
+    prop_def,
+    result_def,
+)
+
+from ._shapes import Shape, ShapeOf, fits, same, shape_of, text
+from ._torch_operation import Aten, TorchOperation
+from .cast import check_rounding
+from .contraction import Contraction, Reduced
+
+
+@irdl_op_definition
+class AttentionOp(Contraction):
+    """softmax(query · keyᵀ · scale + masks) · value, with grouped heads.
+
+    query [B, H, Q, D], key [B, G, K, D], value [B, G, K, Dv], padding [B, K] bool, bias broadcast to [B, H, Q, K],
+    sinks [H] -> [B, H, Q, Dv]. `causal` and `window` say who sees whom, `softcap` bounds the scores. Where
+    `probabilities` is a format, the softmax is rounded into it (by `scale_rule` and `rounding`) before it meets value.
+    """
+
+    name = "mx.attention"
+    ATEN: ClassVar = (Aten("mxloom.attention.default"),)
+
+    irdl_options = (AttrSizedOperandSegments(as_property=True),)
+
+    query = operand_def(TensorType)
+    key = operand_def(TensorType)
+    value = operand_def(TensorType)
+    padding = opt_operand_def(TensorType)
+    bias = opt_operand_def(TensorType)
+    sinks = opt_operand_def(TensorType)
+    scale = prop_def(FloatAttr)
+    causal = opt_prop_def(UnitAttr)
+    window = opt_prop_def(IntegerAttr)
+    softcap = opt_prop_def(FloatAttr)
+    probabilities = opt_prop_def(TypeAttribute)
+    scale_rule = opt_prop_def(StringAttr)
+    rounding = opt_prop_def(StringAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        query, key, value = shape_of(self.query), shape_of(self.key), shape_of(self.value)
+        for role, shape in (("query", query), ("key", key), ("value", value)):
+            self.require(len(shape) == 4, f"{role} must be [batch, heads, positions, width], got {text(shape)}")
+        self.require(
+            same(query[3], key[3]), f"query {text(query)} and key {text(key)} must have one width, the last dimension"
+        )
+        self.require(
+            fits(key[:3], value[:3]),
+            f"key {text(key)} and value {text(value)} must agree in batch, heads and positions",
+        )
+        self.require(
+            key[1] > 0 and query[1] % key[1] == 0,
+            f"{query[1]} query heads do not share {key[1]} key heads evenly",
+        )
+        if self.padding is not None:
+            expected, got = (query[0], key[2]), shape_of(self.padding)
+            self.require(
+                fits(expected, got), f"padding must be [batch, key positions] {text(expected)}, got {text(got)}"
+            )
+        if self.sinks is not None:
+            got = shape_of(self.sinks)
+            self.require(
+                fits(query[1:2], got), f"sinks must hold one number a head {text(query[1:2])}, got {text(got)}"
+            )
+        check_rounding(self, self.scale_rule, self.rounding)
+
+    def result_shape(self) -> Shape:
+        return (*shape_of(self.query)[:3], shape_of(self.value)[3])
+
+    def macs(self, shapes: ShapeOf = shape_of) -> int:
+        """Both products over all pairs of positions; what a mask excludes is counted too."""
+        batch, heads, rows, width = shapes(self.query)
+        *_, columns, value_width = shapes(self.value)
+        return batch * heads * rows * columns * (width + value_width)
+
+    def reduced(self) -> Reduced:
+        """The value is summed over key positions, the probabilities' last dimension."""
+        return {"query": (-1,), "key": (-1,), "value": (-2,)}
+
+
+@irdl_op_definition
+class RopeOp(TorchOperation):
+    """Rotary position embedding: input · cos + rotate_half(input) · sin.
+
+    input [..., D], cos and sin broadcast to it; with `halves` they have D / 2 columns (gpt_oss).
+    """
+
+    name = "mx.rope"
+    ATEN: ClassVar = (Aten("mxloom.rope.default"),)
+
+    input = operand_def(TensorType)
+    cos = operand_def(TensorType)
+    sin = operand_def(TensorType)
+    halves = opt_prop_def(UnitAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        cos, sin = shape_of(self.cos), shape_of(self.sin)
+        self.require(fits(cos, sin), f"cos {text(cos)} and sin {text(sin)} must have one shape")
+        width = shape_of(self.input)[-1]
+        expected = width // 2 if self.halves is not None else width
+        self.require(
+            bool(cos) and same(cos[-1], expected),
+            f"an input of width {width} needs cos and sin of width {expected}, got {text(cos)}",
+        )
+
+    def result_shape(self) -> Shape:
+        return shape_of(self.input)

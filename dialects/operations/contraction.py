@@ -1,0 +1,234 @@
+"""Contractions: operations that sum products along reduced dimensions; what quantization is about."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, TensorType, UnitAttr
+from xdsl.irdl import irdl_op_definition, operand_def, opt_operand_def, opt_prop_def, result_def
+
+from ._shapes import UNKNOWN, Shape, ShapeOf, broadcast, fits, product, same, shape_of, text
+from ._torch_operation import Aten, TorchOperation
+
+Reduced = dict[str, tuple[int, ...]]
+
+
+class Contraction(TorchOperation):
+    """Sums of products: exact inside a block, then f32 in order along the reduced dimension."""
+
+    def reduced(self) -> Reduced:
+        """For each operand that is multiplied, the dimensions (counted from the end) that are summed over."""
+        raise NotImplementedError(f"{self.name} does not say what it sums over")
+
+
+@irdl_op_definition
+class LinearOp(Contraction):
+    """Input times transposed weight, plus bias: summed wide, rounded once into the result's type.
+
+    input [..., K], weight [N, K] ([K, N] when `transposed`, input [M, K] then), bias [N] -> [..., N].
+    """
+
+    name = "mx.linear"
+    ATEN: ClassVar = (
+        Aten("aten.linear.default"),
+        Aten(
+            "aten.addmm.default",
+            names={"self": "bias", "mat1": "input", "mat2": "weight"},
+            implied={"alpha": 1, "beta": 1},
+            sets={"transposed": UnitAttr()},
+        ),
+    )
+
+    input = operand_def(TensorType)
+    weight = operand_def(TensorType)
+    bias = opt_operand_def(TensorType)
+    transposed = opt_prop_def(UnitAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        given, weight = shape_of(self.input), shape_of(self.weight)
+        self.require(len(weight) == 2, f"the weight must be a matrix, got {text(weight)}")
+        self.require(len(given) >= 1, "the input needs a dimension to sum over, got a scalar")
+        self.require(
+            same(given[-1], self._reduced_size()),
+            f"weight {text(weight)} sums over {self._reduced_size()} values, but the input {text(given)} ends in {given[-1]}",
+        )
+        if self.bias is not None:
+            expected = (self._outputs(),)
+            got = shape_of(self.bias)
+            self.require(fits(expected, got), f"the bias must be {text(expected)}, got {text(got)}")
+        if self.transposed is not None:
+            self.require(self.bias is not None and len(given) == 2, "transposed needs a matrix as input, and a bias")
+
+    def result_shape(self) -> Shape:
+        return (*shape_of(self.input)[:-1], self._outputs())
+
+    def macs(self, shapes: ShapeOf = shape_of) -> int:
+        return product(shapes(self.result)) * self._reduced_size()
+
+    def reduced(self) -> Reduced:
+        return {"input": (-1,), "weight": (-2,) if self.transposed is not None else (-1,)}
+
+    def operator(self) -> Aten:
+        return self.ATEN[1 if self.transposed is not None else 0]
+
+    def _outputs(self) -> int:
+        return shape_of(self.weight)[1 if self.transposed is not None else 0]
+
+    def _reduced_size(self) -> int:
+        return shape_of(self.weight)[0 if self.transposed is not None else 1]
+
+
+@irdl_op_definition
+class MatmulOp(Contraction):
+    """Matrix product of two values: input [..., M, K], other [..., K, N] -> [..., M, N]; vectors as in torch."""
+
+    name = "mx.matmul"
+    ATEN: ClassVar = (Aten("aten.matmul.default"),)
+
+    input = operand_def(TensorType)
+    other = operand_def(TensorType)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        a, b = shape_of(self.input), shape_of(self.other)
+        self.require(bool(a) and bool(b), f"operands need a dimension to sum over, got {text(a)} and {text(b)}")
+        self.require(
+            same(a[-1], b[max(len(b) - 2, 0)]),
+            f"{text(a)} times {text(b)}: the first ends in {a[-1]}, the second sums over {b[max(len(b) - 2, 0)]}",
+        )
+        self.require(broadcast(a[:-2], b[:-2]) is not None, f"batches of {text(a)} and {text(b)} do not broadcast")
+
+    def result_shape(self) -> Shape:
+        a, b = shape_of(self.input), shape_of(self.other)
+        return (*(broadcast(a[:-2], b[:-2]) or ()), *a[-2:-1], *(b[-1:] if len(b) > 1 else ()))
+
+    def macs(self, shapes: ShapeOf = shape_of) -> int:
+        return product(shapes(self.result)) * shapes(self.input)[-1]
+
+    def reduced(self) -> Reduced:
+        return {"input": (-1,), "other": (-2,) if len(shape_of(self.other)) > 1 else (-1,)}
+
+
+@irdl_op_definition
+class ConvOp(Contraction):
+    """Convolution: input [B, C, *spatial], weight [N, C / groups, *kernel], bias [N] -> [B, N, *spatial]."""
+
+    name = "mx.conv"
+    ATEN: ClassVar = tuple(Aten(f"aten.conv{rank}d.default") for rank in (1, 2, 3))
+
+    input = operand_def(TensorType)
+    weight = operand_def(TensorType)
+    bias = opt_operand_def(TensorType)
+    stride = opt_prop_def(ArrayAttr[IntegerAttr])
+    padding = opt_prop_def(ArrayAttr[IntegerAttr])
+    dilation = opt_prop_def(ArrayAttr[IntegerAttr])
+    groups = opt_prop_def(IntegerAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        given, weight = shape_of(self.input), shape_of(self.weight)
+        self.require(
+            len(given) == len(weight) and 3 <= len(weight) <= 5,
+            f"input and weight must both be [_, channels, *spatial], got {text(given)} and {text(weight)}",
+        )
+        channels = weight[1] * self._groups()
+        self.require(
+            same(given[1], channels),
+            f"weight {text(weight)} in {self._groups()} groups reads {channels} channels, the input {text(given)} has {given[1]}",
+        )
+        if self.bias is not None:
+            got = shape_of(self.bias)
+            self.require(fits(weight[:1], got), f"the bias must be {text(weight[:1])}, got {text(got)}")
+
+    def result_shape(self) -> Shape:
+        given, weight = shape_of(self.input), shape_of(self.weight)
+        sizes = zip(given[2:], weight[2:], *map(self._per_dimension, ("stride", "padding", "dilation")), strict=True)
+        return (given[0], weight[0], *(window_positions(*size) for size in sizes))
+
+    def macs(self, shapes: ShapeOf = shape_of) -> int:
+        return product(shapes(self.result)) * product(shape_of(self.weight)[1:])
+
+    def reduced(self) -> Reduced:
+        rank = len(shape_of(self.weight))
+        return {"input": (1 - rank,), "weight": tuple(range(1 - rank, 0))}
+
+    def operator(self) -> Aten:
+        return self.ATEN[len(shape_of(self.weight)) - 3]
+
+    def _groups(self) -> int:
+        return self.groups.value.data if self.groups is not None else 1
+
+    def _per_dimension(self, name: str) -> list[int]:
+        spatial = len(shape_of(self.weight)) - 2
+        given = self.properties.get(name)
+        if given is None:
+            return [0 if name == "padding" else 1] * spatial
+        numbers = [item.value.data for item in given]  # pyright: ignore[reportGeneralTypeIssues]
+        return numbers * spatial if len(numbers) == 1 else numbers
+
+
+def window_positions(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How many positions a window has along one dimension."""
+    return UNKNOWN if size == UNKNOWN else (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@irdl_op_definition
+class ExpertLinearOp(Contraction):
+    """Each row times the weight of its own expert (mixture of experts).
+
+    input [S, K], weight [E, N, K] ([E, K, N] when `transposed`), bias [E, N], index [S] -> [S, N].
+    """
+
+    name = "mx.expert_linear"
+    ATEN: ClassVar = (Aten("mxloom.expert_linear.default"),)
+
+    input = operand_def(TensorType)
+    weight = operand_def(TensorType)
+    index = operand_def(TensorType)
+    bias = opt_operand_def(TensorType)
+    transposed = opt_prop_def(UnitAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        given, weight = shape_of(self.input), shape_of(self.weight)
+        self.require(
+            len(given) == 2 and len(weight) == 3,
+            f"needs input [rows, K] and weight [experts, N, K], got {text(given)} and {text(weight)}",
+        )
+        reduced = weight[1 if self.transposed is not None else 2]
+        self.require(
+            same(given[1], reduced),
+            f"weight {text(weight)} sums over {reduced} values, but the input {text(given)} ends in {given[1]}",
+        )
+        got = shape_of(self.index)
+        self.require(fits(given[:1], got), f"needs one expert index a row, {text(given[:1])}, got {text(got)}")
+
+    def result_shape(self) -> Shape:
+        return (shape_of(self.input)[0], shape_of(self.weight)[2 if self.transposed is not None else 1])
+
+    def macs(self, shapes: ShapeOf = shape_of) -> int:
+        return product(shapes(self.result)) * shapes(self.input)[-1]
+
+    def reduced(self) -> Reduced:
+        return {"input": (-1,), "weight": (-2,) if self.transposed is not None else (-1,)}
+
+
+@irdl_op_definition
+class EmbeddingOp(TorchOperation):
+    """Rows of a table: weight [V, D], indices [...] -> [..., D]."""
+
+    name = "mx.embedding"
+    ATEN: ClassVar = (Aten("aten.embedding.default", implied={"scale_grad_by_freq": False, "sparse": False}),)
+
+    weight = operand_def(TensorType)
+    indices = operand_def(TensorType)
+    padding_idx = opt_prop_def(IntegerAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        weight = shape_of(self.weight)
+        self.require(len(weight) == 2, f"the table must be a matrix, got {text(weight)}")
+
+    def result_shape(self) -> Shape:
+        return (*shape_of(self.indices), shape_of(self.weight)[1])

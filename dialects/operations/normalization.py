@@ -1,0 +1,147 @@
+"""Normalizations and softmax."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntegerAttr, TensorType, UnitAttr
+from xdsl.ir import SSAValue, TypeAttribute
+from xdsl.irdl import (
+    AttrSizedOperandSegments,
+    irdl_op_definition,
+    operand_def,
+    opt_operand_def,
+    opt_prop_def,
+    prop_def,
+    result_def,
+)
+
+from ._shapes import Shape, fits, shape_of, text
+from ._torch_operation import Aten, TorchOperation
+
+
+class Normalization(TorchOperation):
+    """An operation that keeps its input's shape."""
+
+    input = operand_def(TensorType)
+    result = result_def(TensorType)
+
+    def result_shape(self) -> Shape:
+        return shape_of(self.input)
+
+    def require_vector(self, role: str, value: SSAValue | None, expected: Shape) -> None:
+        """Raise VerifyException unless the operand, where it is given, has the expected shape."""
+        if value is not None:
+            got = shape_of(value)
+            self.require(fits(expected, got), f"the {role} must be {text(expected)}, got {text(got)}")
+
+
+@irdl_op_definition
+class RMSNormOp(Normalization):
+    """input / sqrt(mean(input²) + eps) · weight along the last dimension; `unit_offset`: times 1 + weight (Gemma).
+
+    Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
+    """
+
+    name = "mx.rms_norm"
+    ATEN: ClassVar = (Aten("mxloom.rms_norm.default"),)
+
+    input = operand_def(TensorType)
+    weight = opt_operand_def(TensorType)
+    eps = prop_def(FloatAttr)
+    unit_offset = opt_prop_def(UnitAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        self.require_vector("weight", self.weight, shape_of(self.input)[-1:])
+
+
+@irdl_op_definition
+class LayerNormOp(Normalization):
+    """(input - mean) / sqrt(variance + eps) · weight + bias over the last dimensions (`normalized_shape`)."""
+
+    name = "mx.layer_norm"
+    ATEN: ClassVar = (Aten("aten.layer_norm.default"),)
+
+    irdl_options = (AttrSizedOperandSegments(as_property=True),)
+
+    input = operand_def(TensorType)
+    weight = opt_operand_def(TensorType)
+    bias = opt_operand_def(TensorType)
+    normalized_shape = prop_def(ArrayAttr[IntegerAttr])
+    eps = opt_prop_def(FloatAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        normalized = tuple(size.value.data for size in self.normalized_shape)
+        given = shape_of(self.input)
+        self.require(
+            fits(given[len(given) - len(normalized) :], normalized),
+            f"the input {text(given)} does not end in the normalized shape {text(normalized)}",
+        )
+        self.require_vector("weight", self.weight, normalized)
+        self.require_vector("bias", self.bias, normalized)
+
+
+@irdl_op_definition
+class BatchNormOp(Normalization):
+    """(input - running_mean) / sqrt(running_var + eps) · weight + bias, a number of each for every channel."""
+
+    name = "mx.batch_norm"
+    ATEN: ClassVar = (
+        Aten("aten.batch_norm.default", implied={"training": False, "momentum": 0.1, "cudnn_enabled": True}),
+    )
+
+    irdl_options = (AttrSizedOperandSegments(as_property=True),)
+
+    input = operand_def(TensorType)
+    running_mean = operand_def(TensorType)
+    running_var = operand_def(TensorType)
+    weight = opt_operand_def(TensorType)
+    bias = opt_operand_def(TensorType)
+    eps = prop_def(FloatAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        channels = shape_of(self.input)[1:2]
+        for role in ("running_mean", "running_var", "weight", "bias"):
+            self.require_vector(role, getattr(self, role), channels)
+
+
+@irdl_op_definition
+class GroupNormOp(Normalization):
+    """Normalization of each of `num_groups` groups of channels, then · weight + bias for every channel."""
+
+    name = "mx.group_norm"
+    ATEN: ClassVar = (Aten("aten.group_norm.default"),)
+
+    irdl_options = (AttrSizedOperandSegments(as_property=True),)
+
+    input = operand_def(TensorType)
+    weight = opt_operand_def(TensorType)
+    bias = opt_operand_def(TensorType)
+    num_groups = prop_def(IntegerAttr)
+    eps = opt_prop_def(FloatAttr)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        channels = shape_of(self.input)[1:2]
+        self.require_vector("weight", self.weight, channels)
+        self.require_vector("bias", self.bias, channels)
+
+
+@irdl_op_definition
+class SoftmaxOp(Normalization):
+    """exp(input) / sum(exp(input)) along `dim`, computed in `dtype` where it is given."""
+
+    name = "mx.softmax"
+    ATEN: ClassVar = (Aten("aten.softmax.int"),)
+
+    input = operand_def(TensorType)
+    dim = prop_def(IntegerAttr)
+    dtype = opt_prop_def(TypeAttribute)
+    result = result_def(TensorType)
+
+    def check(self) -> None:
+        rank = len(shape_of(self.input))
+        self.require(-rank <= self.dim.value.data < rank, f"dim {self.dim.value.data} is not one of {rank} dimensions")

@@ -1,0 +1,313 @@
+"""The torch operators that stand for our own operations: attention, rms_norm, rope, expert_linear, quantize.
+
+Each has a meaning, a fake kernel (shapes alone) and a backward, so that a captured model stays differentiable.
+Rounding passes its gradient straight through.
+"""
+
+from __future__ import annotations
+
+import math
+import operator as python_operator
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from .errors import MxloomError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from xdsl.ir import Attribute
+
+    from .formats import Rounding
+
+_SCHEMAS = {
+    "attention": "(Tensor query, Tensor key, Tensor value, Tensor? padding=None, Tensor? bias=None, Tensor? sinks=None, "
+    "*, float scale, bool causal, int? window=None, float? softcap=None, str? probabilities=None, "
+    'str? scale_rule=None, str rounding="rne") -> Tensor',
+    "rms_norm": "(Tensor input, Tensor? weight, float eps, bool unit_offset) -> Tensor",
+    "rope": "(Tensor input, Tensor cos, Tensor sin, bool halves) -> Tensor",
+    "expert_linear": "(Tensor input, Tensor weight, Tensor index, Tensor? bias, bool transposed) -> Tensor",
+    "quantize": '(Tensor input, str format, str? scale_rule=None, str rounding="rne", float? clip=None, int seed=0) '
+    "-> Tensor",
+}
+
+_SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{
+        f"operator.{name}": getattr(python_operator, name)
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "floordiv",
+            "truediv",
+            "mod",
+            "neg",
+            "pow",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "and_",
+            "or_",
+            "not_",
+        ]
+    },
+    **{f"math.{name}": getattr(math, name) for name in ["ceil", "floor", "trunc", "sqrt"]},
+}
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    softcap: float | None = None,
+    probabilities: str | None = None,
+    scale_rule: str | None = None,
+    rounding: str = "rne",
+) -> Tensor:
+    """The eager attention of transformers, operation for operation, so that wholly masked rows agree too.
+
+    query [B, H, Q, D], key and value [B, G, K, D], padding [B, K] bool, bias [B, 1 or H, Q, K], sinks [H]
+    -> [B, H, Q, Dv].
+    """
+    import torch
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    rows, columns = query.shape[2], key.shape[2]
+    allowed = _allowed(rows, columns, causal, window, padding, query.device)
+    if allowed is not None:
+        lowest = torch.finfo(scores.dtype).min
+        mask = torch.where(allowed, torch.zeros((), dtype=scores.dtype, device=scores.device), lowest)
+        bias = mask if bias is None else bias + mask
+    if bias is not None:
+        scores = scores + bias
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, rows, -1)
+        scores = torch.cat([scores, column], -1)
+        scores = scores - scores.max(-1, keepdim=True).values
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :columns]
+    if probabilities is not None:
+        weights = torch.ops.mxloom.quantize(weights, probabilities, scale_rule, rounding)
+    return torch.matmul(weights, value)
+
+
+def _allowed(
+    rows: int, columns: int, causal: bool, window: int | None, padding: Tensor | None, device: Any
+) -> Tensor | None:
+    """Which key each query may see, [B or 1, 1, Q or 1, K] bool; None where it may see all."""
+    import torch
+
+    allowed = None
+    if causal or window is not None:
+        row = torch.arange(rows, device=device)[:, None] + (columns - rows)
+        column = torch.arange(columns, device=device)[None]
+        allowed = column <= row if causal else torch.ones_like(column <= row)
+        if window is not None:
+            allowed = allowed & ((column > row - window) if causal else ((row - column).abs() <= window))
+        allowed = allowed[None, None]
+    if padding is None:
+        return allowed
+    padding = padding[:, None, None, :]
+    return padding if allowed is None else allowed & padding
+
+
+def rms_norm(input: Tensor, weight: Tensor | None, eps: float, unit_offset: bool) -> Tensor:
+    """input / sqrt(mean(input²) + eps) · weight, or · (1 + weight) with `unit_offset`; along the last dimension."""
+    import torch
+
+    normalized = input * torch.rsqrt(input.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normalized
+    return normalized * (1.0 + weight if unit_offset else weight)
+
+
+def rope(input: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
+    """Rotary embedding of [..., D]; cos and sin have D columns, or D / 2 with `halves`."""
+    import torch
+
+    first, second = input.chunk(2, -1)
+    if halves:
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return input * cos + torch.cat((-second, first), -1) * sin
+
+
+def expert_linear(input: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Row s of input [S, K] times the weight of expert index[s]: weight [E, N, K] ([E, K, N]), bias [E, N] -> [S, N]."""
+    import torch
+
+    result = input.new_empty(input.shape[0], weight.shape[2 if transposed else 1])
+    for expert in range(weight.shape[0]):
+        rows = (index == expert).nonzero()[:, 0]
+        if len(rows):
+            matrix = weight[expert].T if transposed else weight[expert]
+            product = torch.nn.functional.linear(input[rows], matrix)
+            result[rows] = product if bias is None else product + bias[expert]
+    return result
+
+
+def quantize(
+    input: Tensor,
+    format: str,
+    scale_rule: str | None = None,
+    rounding: str = "rne",
+    clip: float | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """The input rounded into a format given by its text."""
+    from . import formats
+    from .mx import parse_type
+
+    how = formats.Rounding(scale_rule, rounding, clip, seed)
+    return formats.quantize(input, parse_type(format), how)
+
+
+def quantize_call(value: Any, element: Attribute, how: Rounding) -> tuple[Callable[..., Any], tuple[Any, ...], dict]:
+    """Operator, arguments and keywords that round `value` into a format, or convert it into a wide type."""
+    from . import formats
+    from .operations._values import torch_dtype
+
+    if formats.is_wide(element):
+        return operator("aten._to_copy.default"), (value,), {"dtype": torch_dtype(element)}
+    arguments = (value, str(element), how.scale_rule, how.rounding, how.clip, how.seed)
+    return operator("mxloom.quantize.default"), arguments, {}
+
+
+@cache
+def operator(name: str) -> Any:
+    """The torch operator `namespace.operator.overload`.
+
+    Raises MxloomError for a name that does not exist, and for operators that change their arguments or touch files:
+    the text of a module may come from anyone.
+    """
+    import torch
+
+    register()
+    namespace, _, rest = name.partition(".")
+    base, _, overload = rest.partition(".")
+    if namespace not in ("aten", "mxloom"):
+        raise MxloomError(f'operator "{name}": only those of aten and mxloom may stand in a module')
+    found = getattr(getattr(getattr(torch.ops, namespace), base, None), overload or "default", None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise MxloomError(f'operator "{name}" is not known to torch {torch.__version__}')
+    if found._schema.is_mutable or any(argument.name == "filename" for argument in found._schema.arguments):
+        raise MxloomError(f'operator "{name}" changes its arguments or touches files, which no operation may')
+    return found
+
+
+def size_function(name: str) -> Callable[..., Any]:
+    """A function on sizes by its name; raises MxloomError for one that is not on the list."""
+    import torch
+
+    known = {**_SIZE_FUNCTIONS, **{f"torch.{f}": getattr(torch, f) for f in dir(torch) if f.startswith("sym_")}}
+    if name not in known:
+        raise MxloomError(f'"{name}" is not arithmetic on sizes; known: {", ".join(known)}')
+    return known[name]
+
+
+@cache
+def register() -> object:
+    """Define the operators in torch, once; returns what keeps them alive."""
+    import torch
+
+    library = torch.library.Library("mxloom", "FRAGMENT")
+    for name, schema in _SCHEMAS.items():
+        library.define(name + schema)
+    library.impl("rms_norm", rms_norm, "CompositeImplicitAutograd")
+    library.impl("rope", rope, "CompositeImplicitAutograd")
+    _define(library, "attention", attention, _attention_fake, _recompute(attention))
+    _define(library, "expert_linear", expert_linear, _expert_fake, _expert_backward)
+    _define(library, "quantize", quantize, lambda input, *_, **__: torch.empty_like(input), _straight_through)
+    return library
+
+
+def _define(library: Any, name: str, kernel: Any, fake: Any, backward: Any) -> None:
+    import torch
+
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mxloom::{name}", fake, lib=library)
+    torch.library.register_autograd(f"mxloom::{name}", backward, setup_context=_keep, lib=library)
+
+
+def _keep(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any] | None = None, output: Any = None
+) -> None:
+    """Save what the backward needs: tensors apart, the rest beside them."""
+    import torch
+
+    ctx.keywords = keyword_only_inputs or {}
+    ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+    ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
+    ctx.save_for_backward(*[inputs[place] for place in ctx.places])
+
+
+def _kept(ctx: Any) -> list[Any]:
+    """The inputs that `_keep` saved, in their places."""
+    values = list(ctx.others)
+    for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+        values[place] = tensor
+    return values
+
+
+def _recompute(kernel: Callable[..., Tensor]) -> Callable[..., Any]:
+    """A backward that runs the kernel again with gradients on."""
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        import torch
+
+        inputs = [
+            value.detach().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for value in _kept(ctx)
+        ]
+        wanted = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
+        with torch.enable_grad():
+            output = kernel(*inputs, **ctx.keywords)
+        found = iter(torch.autograd.grad(output, wanted, gradient, allow_unused=True))
+        return tuple(
+            next(found) if isinstance(value, torch.Tensor) and value.requires_grad else None for value in inputs
+        )
+
+    return backward
+
+
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[-1]))
+
+
+def _expert_fake(input: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return input.new_empty(input.shape[0], weight.shape[2 if transposed else 1])
+
+
+def _expert_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    import torch
+
+    input, weight, index, bias, transposed = _kept(ctx)
+    to_input, to_weight = torch.empty_like(input), torch.zeros_like(weight)
+    to_bias = None if bias is None else torch.zeros_like(bias)
+    for expert in range(weight.shape[0]):
+        rows = (index == expert).nonzero()[:, 0]
+        part, given = gradient[rows], input[rows]
+        to_input[rows] = part @ (weight[expert].T if transposed else weight[expert])
+        to_weight[expert] = given.T @ part if transposed else part.T @ given
+        if to_bias is not None:
+            to_bias[expert] = part.sum(0)
+    return to_input, to_weight, None, to_bias, None
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return gradient, None, None, None, None, None
