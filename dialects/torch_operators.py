@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .formats import Rounding
 
 _SCHEMAS = {
-    "attention": "(Tensor query, Tensor key, Tensor value, Tensor? padding=None, Tensor? bias=None, Tensor? sinks=None, "
-    "*, float scale, bool causal, int? window=None, float? softcap=None, str? probabilities=None, "
+    "attention": "(Tensor query, Tensor key, Tensor value, Tensor? padding=None, Tensor? bias=None, "
+    "Tensor? sinks=None, *, float scale, bool causal, int? window=None, float? softcap=None, str? probabilities=None, "
     'str? scale_rule=None, str rounding="rne") -> Tensor',
     "rms_norm": "(Tensor input, Tensor? weight, float eps, bool unit_offset) -> Tensor",
     "rope": "(Tensor input, Tensor cos, Tensor sin, bool halves) -> Tensor",
@@ -148,7 +148,10 @@ def rope(input: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
 
 
 def expert_linear(input: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Row s of input [S, K] times the weight of expert index[s]: weight [E, N, K] ([E, K, N]), bias [E, N] -> [S, N]."""
+    """Row s of input [S, K] times the weight of expert index[s].
+
+    weight [E, N, K] ([E, K, N] when `transposed`), bias [E, N] -> [S, N].
+    """
     import torch
 
     result = input.new_empty(input.shape[0], weight.shape[2 if transposed else 1])

@@ -5,8 +5,9 @@
     value     ::= operand | number | `<` number `:` type `>` | `[` values `]` | attribute
 
 Operands stand in the order of their declaration; one that follows a left-out operand names itself. A symbolic size
-stands where the number would: `mx.reshape %x, shape = [%batch, 10, 64] : (…) -> …`. A bare number is an i64, or an f64 where it has a point;
-any other number, infinity and NaN included, stands in angle brackets with its type.
+stands where the number would: `mx.reshape %x, shape = [%batch, 10, 64] : (tensor<?x640xf32>, index) -> ...`. A bare
+number is an i64, or an f64 where it has a point; any other, infinity and NaN included, stands in angle brackets with
+its type.
 """
 
 from __future__ import annotations

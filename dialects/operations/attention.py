@@ -88,8 +88,8 @@ class AttentionOp(Contraction):
         return batch * heads * rows * columns * (width + value_width)
 
     def reduced(self) -> Reduced:
-        """The value is summed over key positions, the probabilities' last dimension."""
-        return {"query": (-1,), "key": (-1,), "value": (-2,)}
+        """Where blocks run. Those of the value run along its width, for a cache grows by whole positions."""
+        return {"query": (-1,), "key": (-1,), "value": (-1,), "probabilities": (-1,)}
 
 
 @irdl_op_definition

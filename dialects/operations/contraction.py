@@ -17,7 +17,7 @@ class Contraction(TorchOperation):
     """Sums of products: exact inside a block, then f32 in order along the reduced dimension."""
 
     def reduced(self) -> Reduced:
-        """For each operand that is multiplied, the dimensions (counted from the end) that are summed over."""
+        """For each operand that is multiplied, the dimensions (counted from the end) along which its blocks run."""
         raise NotImplementedError(f"{self.name} does not say what it sums over")
 
 
@@ -51,7 +51,8 @@ class LinearOp(Contraction):
         self.require(len(given) >= 1, "the input needs a dimension to sum over, got a scalar")
         self.require(
             same(given[-1], self._reduced_size()),
-            f"weight {text(weight)} sums over {self._reduced_size()} values, but the input {text(given)} ends in {given[-1]}",
+            f"weight {text(weight)} sums over {self._reduced_size()} values, "
+            f"but the input {text(given)} ends in {given[-1]}",
         )
         if self.bias is not None:
             expected = (self._outputs(),)
@@ -135,7 +136,8 @@ class ConvOp(Contraction):
         channels = weight[1] * self._groups()
         self.require(
             same(given[1], channels),
-            f"weight {text(weight)} in {self._groups()} groups reads {channels} channels, the input {text(given)} has {given[1]}",
+            f"weight {text(weight)} in {self._groups()} groups reads {channels} channels, "
+            f"but the input {text(given)} has {given[1]}",
         )
         if self.bias is not None:
             got = shape_of(self.bias)
