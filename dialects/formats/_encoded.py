@@ -1,0 +1,93 @@
+"""An encoded tensor: what a checkpoint stores, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from xdsl.ir import TypeAttribute
+
+from ..errors import MxloomError
+from ._builtin import numbers_of
+from ._format import Parts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A tensor of `shape` in `format`.
+
+    codes [shape]: uint8 for minifloats, int8 (int16, int32 where wider) for integers; scales: one per block, in the
+    shape of the grid of blocks and the torch dtype of the format's scale; global_scale: f32 without dimension;
+    zero_points: like scales, in the dtype of the codes. What the format lacks is None.
+    """
+
+    format: TypeAttribute
+    shape: tuple[int, ...]
+    codes: Tensor
+    scales: Tensor | None = None
+    global_scale: Tensor | None = None
+    zero_points: Tensor | None = None
+
+    @classmethod
+    def of(cls, format: TypeAttribute, parts: Parts) -> Encoded:
+        """The encoded tensor that consists of `parts`."""
+        shape = tuple(parts.codes.shape)
+        return cls(format, shape, parts.codes, parts.scales, parts.global_scale, parts.zero_points)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.codes, self.scales, self.global_scale, self.zero_points)
+
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The values, computed in f32 (f64 if `dtype` is f64) and returned in `dtype` (default f32)."""
+        import torch
+
+        return numbers_of(self.format).decode(self.parts, dtype or torch.float32)
+
+    def packed(self) -> Tensor:
+        """The codes as uint8, one dimension: block after block, lowest bit first, padding of ragged blocks included."""
+        return numbers_of(self.format).pack(self.parts)
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits of codes, scales, zero points and tensor scale, padding of ragged blocks included."""
+        return numbers_of(self.format).storage_bits(self.shape)
+
+    @property
+    def bits_per_element(self) -> float:
+        return self.storage_bits / max(prod(self.shape), 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file stores: packed `codes`, and `scales`, `global_scale`, `zero_points` where the format has them.
+
+        Zero points are packed like codes, so that the bytes of a file are those that `storage_bits` counts.
+        """
+        return numbers_of(self.format).store(self.parts)
+
+    @classmethod
+    def from_tensors(cls, format: TypeAttribute, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Encoded:
+        """The encoded tensor that `tensors()` gave. Raises MxloomError where a tensor does not fit format and shape."""
+        numbers = numbers_of(format)
+        if reason := numbers.why_not(shape):
+            raise MxloomError(reason)
+        layout = numbers.layout(shape)
+        if set(tensors) != set(layout):
+            raise MxloomError(
+                f"{format} is stored as {', '.join(layout)}; got {', '.join(sorted(tensors)) or 'nothing'}"
+            )
+        for name, (dtype, size) in layout.items():
+            _check(name, tensors[name], dtype, size, format)
+        return cls.of(format, numbers.restore(tensors, shape))
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], format: TypeAttribute) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise MxloomError(
+            f"{name} of {format} must be {dtype} of shape {list(shape)}, got {tensor.dtype} of shape {list(tensor.shape)}"
+        )

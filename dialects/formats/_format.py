@@ -1,0 +1,132 @@
+"""What every number format answers, how a cast rounds, and the tensors that an encoded tensor consists of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xdsl.ir import TypeAttribute
+
+from ..errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ROUNDINGS = ("rne", "rna", "rtz", "stochastic")
+POWER_OF_TWO_RULES = ("floor", "ceil", "even", "rceil")
+FLOAT_RULES = ("absmax", "absmean", "minmax")
+SCALE_RULES = (*POWER_OF_TWO_RULES, *FLOAT_RULES)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a cast rounds: a property of the operation that rounds, never of the format.
+
+    scale_rule: how a block's scale follows from its values (None: the format's default); rounding: of the elements,
+    nearest with ties to even, nearest with ties away from zero, towards zero, or stochastic from `seed`;
+    clip: the scale is made for `clip` times the largest magnitude (0 < clip <= 1), values above saturate;
+    threshold: for mixed formats, the block impact above which a block is kept in the high format.
+    """
+
+    scale_rule: str | None = None
+    rounding: str = "rne"
+    clip: float | None = None
+    seed: int = 0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise UsageError(
+                f"unknown rounding {self.rounding!r}{did_you_mean(self.rounding, ROUNDINGS)}: one of {', '.join(ROUNDINGS)}"
+            )
+        if self.scale_rule is not None and self.scale_rule not in SCALE_RULES:
+            near = did_you_mean(self.scale_rule, SCALE_RULES)
+            raise UsageError(f"unknown scale rule {self.scale_rule!r}{near}: one of {', '.join(SCALE_RULES)}")
+        if self.clip is not None and not 0 < self.clip <= 1:
+            raise UsageError(f"clip is the part of the largest magnitude that is kept, in (0, 1], got {self.clip}")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of an encoded tensor.
+
+    codes: one per element, in the tensor's own shape; scales and zero_points: one per block, in the shape of the grid
+    of blocks; global_scale: f32, no dimension.
+    """
+
+    codes: Tensor
+    scales: Tensor | None = None
+    global_scale: Tensor | None = None
+    zero_points: Tensor | None = None
+
+
+Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Scales (and zero points) that stand already and are to be kept as they are."""
+
+    scales: Tensor | None = None
+    global_scale: Tensor | None = None
+    zero_points: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return any(part is not None for part in (self.scales, self.global_scale, self.zero_points))
+
+
+class Numbers(ABC):
+    """What every format answers, whether a type of this dialect or a builtin one."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> float:
+        """Bits per element, its share of scales, zero points and metadata included."""
+
+    @abstractmethod
+    def storage_bits(self, shape: Sequence[int]) -> int:
+        """Bits that a tensor of `shape` takes, padding of ragged blocks, scales and zero points included."""
+
+    @abstractmethod
+    def quantize(self, x: Tensor, how: Rounding) -> Tensor:
+        """`x` rounded to the values that the format can hold, in the dtype and shape of `x`."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, how: Rounding, given: Given) -> Parts:
+        """The codes and scales of `x`; given scales are kept as they are."""
+
+    @abstractmethod
+    def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+        """The values of codes and scales, in `dtype` (computed in f32, or f64 for f64)."""
+
+    @abstractmethod
+    def pack(self, parts: Parts) -> Tensor:
+        """The codes as a dense stream of bytes (uint8, one dimension), padding of ragged blocks included."""
+
+    @abstractmethod
+    def layout(self, shape: Sequence[int]) -> Layout:
+        """Name, dtype and shape of the tensors in which a tensor of `shape` is stored, packed `codes` among them."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Parts:
+        """The parts of stored tensors that have the layout."""
+
+    def store(self, parts: Parts) -> dict[str, Tensor]:
+        """The tensors that a file stores."""
+        return {"codes": self.pack(parts)}
+
+    @property
+    def default_scale_rule(self) -> str | None:
+        """The scale rule of a cast that names none; None where the format has no scale."""
+        return None
+
+    def why_not(self, shape: Sequence[int]) -> str | None:
+        """Why the format cannot lie on a tensor of `shape`; None if it can."""
+        return None
+
+
+class Format(TypeAttribute, Numbers):
+    """A number format of this dialect; a family is one file of this package that defines one."""

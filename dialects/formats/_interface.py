@@ -1,0 +1,95 @@
+"""The functions through which everything else asks about formats: size, fit, rounding, encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from xdsl.dialects.builtin import IndexType, IntegerType, TensorType
+from xdsl.ir import Attribute, TypeAttribute
+from xdsl.utils.exceptions import VerifyException
+
+from ..errors import UsageError
+from ._builtin import WIDE_FLOATS, ScaleOnly, numbers_of
+from ._encoded import Encoded
+from ._format import Format, Given, Rounding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DEFAULT = Rounding()
+
+
+def bits(fmt: Attribute) -> float:
+    """Bits per element of a large tensor, scales, zero points and metadata included (a scale per `?` counts 0)."""
+    return numbers_of(fmt).bits
+
+
+def storage_bits(fmt: Attribute, shape: Sequence[int]) -> int:
+    """Bits that a tensor of `shape` takes: codes, padding of ragged blocks, scales, zero points, tensor scale."""
+    return numbers_of(fmt).storage_bits(shape)
+
+
+def verify_tensor(tensor_type: TensorType) -> None:
+    """Raise VerifyException where the element type is a format that cannot lie on the tensor's shape."""
+    element = tensor_type.element_type
+    if isinstance(element, Format) and (reason := element.why_not(tensor_type.get_shape())):
+        raise VerifyException(reason)
+    if isinstance(numbers := _known(element), ScaleOnly):
+        raise VerifyException(str(numbers.refusal))
+
+
+def default_scale_rule(fmt: Attribute) -> str | None:
+    """The scale rule of a cast that names none; None where the format has no scale."""
+    return numbers_of(fmt).default_scale_rule
+
+
+def is_wide(fmt: Attribute) -> bool:
+    """Whether values of the type are what torch has: f64, f32, f16, bf16, and builtin integers and index."""
+    return fmt in WIDE_FLOATS or isinstance(fmt, IntegerType | IndexType)
+
+
+def quantize(x: Tensor, fmt: Attribute, how: Rounding = _DEFAULT) -> Tensor:
+    """`x` (any float dtype) rounded to the values that the format can hold, in the dtype and shape of `x`.
+
+    Computed in f32, or in f64 for f64 (and for elements that f32 would round twice). The result carries no gradient.
+    Blocks with a NaN are NaN as a whole; infinities saturate; subnormals are kept unless the process runs with
+    `torch.set_flush_denormal(True)`, under which values and scales below 2^-126 count as zero.
+    """
+    import torch
+
+    with torch.no_grad():
+        return numbers_of(fmt).quantize(_floats(x, fmt), how)
+
+
+def encode_tensor(
+    x: Tensor,
+    fmt: TypeAttribute,
+    how: Rounding = _DEFAULT,
+    *,
+    scales: Tensor | None = None,
+    global_scale: Tensor | None = None,
+    zero_points: Tensor | None = None,
+) -> Encoded:
+    """`x` as codes and scales. Given scales are kept bit for bit, and integers then use their full two's complement range."""
+    import torch
+
+    with torch.no_grad():
+        parts = numbers_of(fmt).encode(_floats(x, fmt), how, Given(scales, global_scale, zero_points))
+        return Encoded.of(fmt, parts)
+
+
+def _floats(x: Tensor, fmt: Attribute) -> Tensor:
+    if not x.is_floating_point():
+        raise UsageError(f"only float tensors are rounded into {fmt}, got {x.dtype}: convert it first")
+    return x.detach()
+
+
+def _known(element: Attribute) -> object:
+    return numbers_of(element) if is_wide(element) or isinstance(element, Format) or _is_float(element) else None
+
+
+def _is_float(element: Attribute) -> bool:
+    from xdsl.dialects.builtin import ReducedPrecisionFloatType
+
+    return isinstance(element, ReducedPrecisionFloatType)

@@ -1,0 +1,170 @@
+"""The table of named formats: each a spelling of a type. One more instance is one more line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import DYNAMIC_INDEX, Builtin
+from xdsl.ir import Attribute, TypeAttribute
+from xdsl.parser import Parser
+from xdsl.utils.exceptions import ParseError, VerifyException
+
+from .errors import UsageError, did_you_mean
+from .formats import FAMILIES, BlockType, FixedType, MixedType, bits, default_scale_rule, is_wide
+
+OCP = "OCP Microscaling Formats (MX) v1.0"
+NVIDIA = "NVIDIA NVFP4; arXiv 2510.25602"
+LINEAR = "uniform quantization; arXiv 2106.08295"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One named format: the text of its type for a matrix whose last dimension is reduced."""
+
+    name: str
+    text: str
+    note: str
+    source: str
+
+    @property
+    def type(self) -> TypeAttribute:
+        return parse_format(self.text)
+
+    @property
+    def bits(self) -> float:
+        """Bits per element, scales, zero points and metadata included."""
+        return bits(self.type)
+
+    @property
+    def default_scale_rule(self) -> str | None:
+        return default_scale_rule(self.type)
+
+
+def _table(rows: Iterable[tuple[str, str, str, str]]) -> dict[str, Instance]:
+    return {row[0]: Instance(*row) for row in rows}
+
+
+INSTANCES = _table(
+    [
+        ("mxfp8_e4m3", "!mx.block<32xf8E4M3FN>", "MXFP8, more mantissa", OCP),
+        ("mxfp8_e5m2", "!mx.block<32xf8E5M2>", "MXFP8, more range", OCP),
+        ("mxfp6_e2m3", "!mx.block<32xf6E2M3FN>", "MXFP6, more mantissa", OCP),
+        ("mxfp6_e3m2", "!mx.block<32xf6E3M2FN>", "MXFP6, more range", OCP),
+        ("mxfp4", "!mx.block<32xf4E2M1FN>", "MXFP4", OCP),
+        ("mxint8", "!mx.block<32x!mx.fixed<8, 6>>", "MXINT8, without -128", OCP),
+        ("mxint6", "!mx.block<32x!mx.fixed<6, 4>>", "MXINT8 with 6-bit elements", "arXiv 2510.25602"),
+        ("mxint4", "!mx.block<32x!mx.fixed<4, 2>>", "MXINT8 with 4-bit elements", "arXiv 2510.25602"),
+        ("mxint3", "!mx.block<32x!mx.fixed<3, 1>>", "MXINT8 with 3-bit elements", "arXiv 2510.25602"),
+        ("mxint2", "!mx.block<32x!mx.fixed<2, 0>>", "MXINT8 with 2-bit elements: -1, 0, 1", "arXiv 2510.25602"),
+        ("nvfp4", "!mx.block<16xf4E2M1FN, f8E4M3FN, f32>", "E4M3 block scales under a tensor scale", NVIDIA),
+        ("nvint4", "!mx.block<16xi4, f8E4M3FN, f32>", "NVFP4 with integer elements", NVIDIA),
+        ("bfp16", "!mx.block<8x!mx.fixed<8, 6>>", "block floating point: 9 bits, one exponent for 8", "AMD XDNA BFP16"),
+        ("int8_tensor", "!mx.block<?x?xi8, f32>", "symmetric, one scale", LINEAR),
+        ("int8_channel", "!mx.block<?xi8, f32>", "symmetric, one scale per output channel or token", LINEAR),
+        ("int8_affine", "!mx.block<?x?xi8, f32, zero i8>", "zero point, one scale", LINEAR),
+        ("int8_channel_affine", "!mx.block<?xi8, f32, zero i8>", "zero point, per channel or token", LINEAR),
+        ("int4_channel", "!mx.block<?xi4, f32>", "symmetric, one scale per output channel or token", LINEAR),
+        ("int4_g32", "!mx.block<32xi4, bf16>", "symmetric, groups of 32", LINEAR),
+        ("int4_g32_affine", "!mx.block<32xi4, bf16, zero i4>", "zero point, groups of 32", LINEAR),
+        ("int4_g128", "!mx.block<128xi4, bf16>", "symmetric, groups of 128", LINEAR),
+        ("int4_g128_affine", "!mx.block<128xi4, bf16, zero i4>", "zero point, groups of 128", LINEAR),
+        ("int2_g64", "!mx.block<64xi2, bf16>", "symmetric, groups of 64: -1, 0, 1", LINEAR),
+        ("int2_g64_affine", "!mx.block<64xi2, bf16, zero i2>", "zero point, groups of 64", LINEAR),
+        ("fp8_e4m3_tensor", "!mx.block<?x?xf8E4M3FN, f32>", "one scale", "arXiv 2209.05433"),
+        ("fp8_e5m2_tensor", "!mx.block<?x?xf8E5M2, f32>", "one scale", "arXiv 2209.05433"),
+        ("fixed<8,6>", "!mx.fixed<8, 6>", "any fixed<width, fraction>: no scale", "two's complement"),
+        ("ternary", "!mx.block<?x?x!mx.ternary, f32>", "BitNet b1.58, five trits a byte", "arXiv 2402.17764"),
+        ("bf16", "bf16", "bfloat16", "truncated IEEE 754 binary32"),
+        ("f16", "f16", "half", "IEEE 754 binary16"),
+        ("f32", "f32", "single", "IEEE 754 binary32"),
+    ]
+)
+
+
+def format_of(text: str, *, rank: int = 2, dims: Sequence[int] = (-1,)) -> TypeAttribute:
+    """The format that `text` names, laid out for a tensor of `rank` dimensions whose reduced ones are `dims`.
+
+    `text` is the name of an instance, `fixed<8,4>`, or a type's text. A block lies along the first of `dims`; `?` takes
+    every one of `dims` whole; a scale for the tensor takes all dimensions. A type's text with a block of several
+    dimensions, not all of them `?`, stands as it is written. Raises UsageError for an unknown name or a wrong text.
+    """
+    if not all(-rank <= dim < rank for dim in dims) or not dims:
+        raise UsageError(f"dimensions {list(dims)} do not lie in a tensor of {rank} dimensions")
+    reduced = [dim if dim < 0 else dim - rank for dim in dims]
+    return _laid_out(parse_format(INSTANCES[text].text if text in INSTANCES else text), rank, reduced)
+
+
+def name_of(fmt: Attribute) -> str:
+    """The name of the instance that `fmt` is a layout of; the type's text where there is none."""
+    if isinstance(fmt, FixedType):
+        return f"fixed<{fmt.width.data},{fmt.fraction.data}>"
+    return _names().get(_canonical(fmt), str(fmt))
+
+
+@lru_cache(maxsize=1024)
+def parse_format(text: str) -> TypeAttribute:
+    """The format type that a text spells (`!mx.` may be left out). Raises UsageError."""
+    spelled = re.sub(r"^(fixed|float|block|mixed)<", r"!mx.\1<", text.strip())
+    context = Context()
+    context.load_dialect(Builtin)
+    for family in FAMILIES:
+        context.load_attr_or_type(family)
+    try:
+        found = Parser(context, f"({spelled}) -> ()", "<format>").parse_type()
+    except VerifyException as error:
+        raise UsageError(f"{text!r} is not a format: {error}") from error
+    except ParseError as error:
+        if "<" in text:
+            raise UsageError(f"{text!r} is not the text of a format: {_reason(error)}") from error
+        near = did_you_mean(text, INSTANCES) or "; `mxloom formats` lists them"
+        raise UsageError(f"unknown format {text!r}{near}") from error
+    (fmt,) = found.inputs.data  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(fmt, TypeAttribute):
+        raise UsageError(f"{text!r} is not a format")
+    return fmt
+
+
+def _reason(error: ParseError) -> str:
+    lines = [line.strip(" ^") for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line), "it does not parse")
+
+
+@lru_cache(maxsize=1)
+def _names() -> dict[Attribute, str]:
+    return {_canonical(instance.type): instance.name for instance in INSTANCES.values()}
+
+
+def _canonical(fmt: Attribute) -> Attribute:
+    """A layout as it stands in the table: `32x1` as `32`, `1x?x?` as `?`, `?x?x?` as `?x?`."""
+    if not isinstance(fmt, BlockType):
+        return fmt
+    sizes = [dim for dim in fmt.dims if dim != 1]
+    if len(sizes) > 1 and set(sizes) == {DYNAMIC_INDEX}:
+        return fmt.with_dims(sizes[:1] if 1 in fmt.dims else sizes[:2])
+    return fmt.with_dims(sizes) if len(sizes) == 1 else fmt
+
+
+def _laid_out(fmt: TypeAttribute, rank: int, reduced: Sequence[int]) -> TypeAttribute:
+    if isinstance(fmt, MixedType):
+        return MixedType(_laid_out(fmt.low, rank, reduced), _laid_out(fmt.high, rank, reduced))
+    if not isinstance(fmt, BlockType):
+        return fmt
+    if len(fmt.dims) == 1:
+        return fmt.with_dims(_along(fmt.dims[0], rank, reduced))
+    return fmt.with_dims([DYNAMIC_INDEX] * rank) if set(fmt.dims) == {DYNAMIC_INDEX} else fmt
+
+
+def _along(step: int, rank: int, reduced: Sequence[int]) -> list[int]:
+    """Block sizes of the last dimensions: `step` along the reduced ones, 1 elsewhere."""
+    if step != DYNAMIC_INDEX:
+        return [step, *[1] * (-reduced[0] - 1)]
+    if len(reduced) == 1:
+        return [step, *[1] * (-reduced[0] - 1)]
+    return [DYNAMIC_INDEX if dim in reduced else 1 for dim in range(-rank, 0)]
+
+
+__all__ = ["INSTANCES", "Instance", "format_of", "is_wide", "name_of", "parse_format"]
