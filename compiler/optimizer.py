@@ -3,13 +3,13 @@
 import os
 import sys
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import IO, ClassVar
 
 from xdsl.passes import PassPipeline
 from xdsl.utils.exceptions import DiagnosticException, ParseError, VerifyException
 from xdsl.xdsl_opt_main import xDSLOptMain
 
-from ..dialects.errors import MxloomError
+from ..dialects.errors import MxloomError, UsageError
 from .pipeline import parse_passes
 from .universe import all_dialects, all_passes, all_targets
 
@@ -31,6 +31,14 @@ class MxloomOptMain(xDSLOptMain):
 
     def register_all_targets(self) -> None:
         self.available_targets.update(all_targets())
+
+    def prepare_input(self) -> tuple[list[tuple[IO[bytes], int]], str]:
+        try:
+            return super().prepare_input()
+        except ValueError as error:
+            raise UsageError(
+                f"{self.get_input_name()}: {error}; the extension must be .mlir, or give -f mlir"
+            ) from error
 
     def setup_pipeline(self) -> None:
         super_passes, self.args.passes = self.args.passes, ""

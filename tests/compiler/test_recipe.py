@@ -1,0 +1,188 @@
+"""Recipes: every key has an effect, and whatever is wrong is named with its line."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mxloom import MxloomError
+from mxloom.compiler.pipeline import parse_passes
+from mxloom.compiler.recipe import Recipe
+from mxloom.compiler.recipe_text import SIZE_LIMIT
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
+
+EXAMPLE = r"""# comment
+version: 1
+quantize:
+  - {match: "*.lm_head", keep: bf16}
+  - match: 're:layers\.(0|27)\."q"'
+    kind: [linear, conv]
+    weights: mxint8
+    rounding: rna
+  - {weights: mxfp4, activations: mxint8}
+scale_rule: even
+passes: ["canonicalize", "quantize{attention=mxint8}"]
+"""
+
+
+def message(text: str) -> str:
+    with pytest.raises(MxloomError) as caught:
+        Recipe.from_text(text, "r.yaml")
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+def test_rules_become_passes_in_order() -> None:
+    assert Recipe.from_text(EXAMPLE).pipeline() == (
+        'quantize{match="*.lm_head" keep=bf16},'
+        r'quantize{match="re:layers\\.(0|27)\\.\"q\"" kind=linear,conv weights=mxint8 scale_rule=even rounding=rna},'
+        "quantize{weights=mxfp4 activations=mxint8 scale_rule=even},"
+        "canonicalize,quantize{attention=mxint8}"
+    )
+
+
+def test_the_pipeline_parses_into_what_the_rules_say() -> None:
+    keep, pattern, rest, _, attention = parse_passes(Recipe.from_text(EXAMPLE).pipeline())
+    assert vars(keep)["match"] == "*.lm_head"
+    assert vars(pattern)["match"] == r're:layers\.(0|27)\."q"'
+    assert vars(pattern)["kind"] == ("linear", "conv")
+    assert vars(pattern)["rounding"] == "rna"
+    assert vars(rest)["scale_rule"] == "even"
+    assert vars(attention)["attention"] == "mxint8"
+
+
+def test_a_rule_s_own_scale_rule_and_rounding_go_before_the_recipe_s() -> None:
+    rules = [{"weights": "mxfp4", "scale_rule": "ceil"}, {"weights": "mxfp4", "rounding": "rtz"}, {"keep": "f32"}]
+    recipe = Recipe.from_dict({"quantize": rules, "scale_rule": "floor", "rounding": "rna"})
+    assert recipe.pipeline() == (
+        "quantize{weights=mxfp4 scale_rule=ceil rounding=rna},"
+        "quantize{weights=mxfp4 scale_rule=floor rounding=rtz},"
+        "quantize{keep=f32}"
+    )
+
+
+def test_the_seed_reaches_stochastic_rounding() -> None:
+    recipe = Recipe.from_dict({"quantize": [{"weights": "mxfp4", "rounding": "stochastic"}], "seed": 7})
+    assert recipe.pipeline() == "quantize{weights=mxfp4 rounding=stochastic seed=7}"
+    (rounding,) = parse_passes(recipe.pipeline())
+    assert vars(rounding)["seed"] == 7
+
+
+def test_types_in_full_stand_in_quotes() -> None:
+    recipe = Recipe.from_dict({"quantize": [{"weights": "!mx.block<16xf4E2M1FN, f8E4M3FN, f32>"}]})
+    assert recipe.pipeline() == 'quantize{weights="!mx.block<16xf4E2M1FN, f8E4M3FN, f32>"}'
+
+
+def test_lines_of_rules() -> None:
+    recipe = Recipe.from_text(EXAMPLE, "r.yaml")
+    assert [recipe.line_of(rule) for rule in range(3)] == [4, 5, 9]
+    assert recipe.path == Path("r.yaml")
+    assert Recipe.from_dict({"quantize": [{"weights": "mxfp4"}]}).line_of(0) is None
+
+
+def test_plain_values_and_back() -> None:
+    recipe = Recipe.from_text(EXAMPLE)
+    again = Recipe.from_dict(recipe.to_json())
+    assert again.pipeline() == recipe.pipeline()
+    assert again.to_json() == recipe.to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("version: 1\nscale-rule: even", 'r.yaml:2: unknown key "scale-rule" (did you mean "scale_rule"?); known: '),
+        (
+            "version: 1\nquantize:\n- {wieghts: mxfp4}",
+            'r.yaml:3: unknown key "wieghts" in quantize rule 1 (did you mean',
+        ),
+        ("version: 1\nquantize:\n- weights: mxfp4\n- weights: mxfp5", "r.yaml:4: quantize rule 2, weights: "),
+        ("version: 1\nquantize:\n- weights: mxfp5", '(did you mean "mxfp4"?)'),
+        ("version: 1\nquantize:\n- match: x", "r.yaml:3: quantize rule 1: the rule has no effect"),
+        ("version: 1\nquantize:\n- {keep: bf16, weights: mxfp4}", "keep and weights contradict each other"),
+        ("version: 1\nquantize:\n- {keep: mxfp4}", "r.yaml:3: quantize rule 1, keep: got 'mxfp4'"),
+        ("version: 1\nquantize:\n- {weights: mxfp4, kind: liner}", "kind 1: got 'liner' (did you mean \"linear\"?)"),
+        ("version: 1\nquantize:\n- {weights: no}", "weights: it should be a valid string, got False"),
+        ("version: 1\nquantize: 3", "r.yaml:2: quantize: it should be a valid list, got 3"),
+        ("version: 1\nscale_rule: evn", "r.yaml:2: scale_rule: got 'evn' (did you mean \"even\"?)"),
+        ("version: 1\nrounding: up", "known: rne, rna, rtz, stochastic"),
+        ("version: 1\npasses:\n- canonicalize\n- canonicalise", 'r.yaml:4: passes 2: there is no pass "canonicalise"'),
+        ("version: 1\npasses: ['quantize{weihgts=x}']", 'has no option "weihgts" (did you mean "weights"?)'),
+        ("version: 1\nevaluate: {context: 8}", 'r.yaml:2: "text" is missing in evaluate'),
+        ("version: 1\nevaluate: {text: t, contxt: 8}", 'unknown key "contxt" in evaluate (did you mean "context"?)'),
+        ("version: 1\nevaluate: {text: t, limit: 0}", "evaluate, limit: "),
+        ("version: 1\nsearch: {metric: fisher}", 'r.yaml:2: "search" is not available in this version'),
+        ("version: 1\ncalibration: {}", '"calibration" is not available in this version'),
+        ("version: 1\ncost: {}", '"cost" is not available in this version'),
+        ("quantize: []", '"version" is missing'),
+        ("version: 2", "r.yaml:1: version: got 2; known: 1"),
+        ("- 1", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(text: str, expected: str) -> None:
+    assert expected in message(text)
+
+
+def test_several_faults_come_in_the_order_of_the_file() -> None:
+    lines = message("version: 1\nquantize:\n- {weigths: a}\n- {}\nseed: -1").splitlines()
+    assert [line.split(" ")[0] for line in lines] == ["r.yaml:3:", "r.yaml:4:", "r.yaml:5:"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: &x 1\nb: *x", "r.yaml:1: anchors and aliases"),
+        ("version: 1\nseed: !!int 3", "r.yaml:2: tags (tag:yaml.org,2002:int) are not allowed"),
+        ("version: !!python/object/apply:os.system ['true']", "r.yaml:1: tags"),
+        ("version: 1\nversion: 1", 'r.yaml:2: the key "version" stands here a second time'),
+        ("version: 1\n---\nversion: 1", "r.yaml:2: a recipe is one document"),
+        ("version: 1\n? [a]\n: 2", "r.yaml:2: a key must be text"),
+        ("version: [1", "r.yaml:2: this is not YAML"),
+        ("version: 1\n\tx: 1", "r.yaml:2: this is not YAML"),
+        ("version: \x00", "r.yaml: this is not YAML"),
+        ("version: " + "9" * 5000, "is no number that can be read"),
+        ("version: " + "[" * 100_000, "r.yaml:1: "),
+        ("version: 1\nquantize: " + "[" * 50 + "]" * 50, "r.yaml:2: "),
+        ("version: 1 #" + "x" * SIZE_LIMIT, "at most 1048576 bytes"),
+    ],
+)
+def test_hostile_text_is_refused_at_once(text: str, expected: str) -> None:
+    start = time.monotonic()
+    assert expected in message(text)
+    assert time.monotonic() - start < 1
+
+
+def test_a_large_recipe_of_small_faults_is_refused_in_time() -> None:
+    start = time.monotonic()
+    text = "version: 1\nquantize:\n" + "- {weights: 3}\n" * (SIZE_LIMIT // 16)
+    assert "more" in message(text)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("content", [None, b"version: \xff"])
+def test_a_file_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(MxloomError, match=r"r\.yaml: the recipe (cannot be read: No such file|is not UTF-8)"):
+        Recipe.from_file(file)
+
+
+@pytest.mark.parametrize("values", [{"quantise": []}, {"quantize": [{"wieghts": "mxfp4"}]}])
+def test_a_dictionary_is_checked_as_a_file_is(values: dict[str, Any]) -> None:
+    with pytest.raises(MxloomError, match=r"^recipe: unknown key .*did you mean"):
+        Recipe.from_dict(values)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_the_recipes_in_examples_are_right(file: Path) -> None:
+    assert parse_passes(Recipe.from_file(file).pipeline())
+
+
+def test_the_schema_refuses_unknown_keys() -> None:
+    schema = Recipe.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]) == {"version", "quantize", "scale_rule", "rounding", "passes", "evaluate", "seed"}
+    assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
