@@ -1,4 +1,4 @@
-"""Builtin types as formats: narrow floats stand for themselves, wide ones are torch's own, integers are only counted."""
+"""Builtin types as formats: narrow floats stand for themselves, wide ones are torch's, integers are only counted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from ..errors import MxloomError
 from ._element import Element, Fixed, Minifloat
 from ._format import Given, Layout, Numbers, Parts, Rounding
 from ._plain import Plain, byte_stream, refuse_scale_options
-from ._rounding import round_to_integers
 from ._semantics import BF16, F16, F32
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class Counted(Numbers):
 
 
 class Integer(Counted):
-    """Builtin integers and index: indices and masks, as torch has them; an integer format is a block or a fixed point."""
+    """Builtin integers and index: indices and masks; an integer format of values is a block or a fixed point."""
 
     @property
     def refusal(self) -> MxloomError:

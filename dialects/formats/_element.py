@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import frexp
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,12 @@ class Element(ABC):
     def unpack(self, packed: Tensor, count: int) -> Tensor:
         """The first `count` codes of packed bytes."""
 
-    @cached_property
+    @property
+    def nan_code(self) -> int | None:
+        """One code of NaN, or None for an element without NaN."""
+        return None
+
+    @property
     def largest_exponent(self) -> int:
         """floor(log2(largest)): emax of OCP MX 1.0, section 5.3."""
         return frexp(self.largest)[1] - 1
@@ -93,7 +98,7 @@ class Minifloat(Element):
         """Exponent of the smallest normal value and of all subnormals."""
         return 1 - self.semantics.exponent_bias
 
-    @cached_property
+    @property
     def largest(self) -> float:
         s = self.semantics
         if s.nonfinite is FloatNonfiniteBehavior.IEEE:
@@ -114,7 +119,6 @@ class Minifloat(Element):
 
     @property
     def nan_code(self) -> int | None:
-        """One code of NaN, or None for a format without NaN."""
         s = self.semantics
         if s.nonfinite is FloatNonfiniteBehavior.FINITE_ONLY:
             return None
@@ -190,7 +194,7 @@ class Fixed(Element):
     def bottom_code(self) -> int:
         return -self.top_code if self.symmetric else -self.top_code - 1
 
-    @cached_property
+    @property
     def largest(self) -> float:
         return self.top_code * 2.0**-self.fraction
 

@@ -38,7 +38,7 @@ class Encoded:
     def of(cls, format: TypeAttribute, parts: Parts) -> Encoded:
         """The encoded tensor that consists of `parts`."""
         shape = tuple(parts.codes.shape)
-        return cls(format, shape, parts.codes, parts.scales, parts.global_scale, parts.zero_points)
+        return cls(format, shape, parts.codes.contiguous(), parts.scales, parts.global_scale, parts.zero_points)
 
     @property
     def parts(self) -> Parts:
@@ -89,5 +89,6 @@ class Encoded:
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], format: TypeAttribute) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise MxloomError(
-            f"{name} of {format} must be {dtype} of shape {list(shape)}, got {tensor.dtype} of shape {list(tensor.shape)}"
+            f"{name} of {format} must be {dtype} of shape {list(shape)}, "
+            f"got {tensor.dtype} of shape {list(tensor.shape)}"
         )

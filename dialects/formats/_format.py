@@ -39,9 +39,8 @@ class Rounding:
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
-            raise UsageError(
-                f"unknown rounding {self.rounding!r}{did_you_mean(self.rounding, ROUNDINGS)}: one of {', '.join(ROUNDINGS)}"
-            )
+            near = did_you_mean(self.rounding, ROUNDINGS)
+            raise UsageError(f"unknown rounding {self.rounding!r}{near}: one of {', '.join(ROUNDINGS)}")
         if self.scale_rule is not None and self.scale_rule not in SCALE_RULES:
             near = did_you_mean(self.scale_rule, SCALE_RULES)
             raise UsageError(f"unknown scale rule {self.scale_rule!r}{near}: one of {', '.join(SCALE_RULES)}")

@@ -71,7 +71,10 @@ def encode_tensor(
     global_scale: Tensor | None = None,
     zero_points: Tensor | None = None,
 ) -> Encoded:
-    """`x` as codes and scales. Given scales are kept bit for bit, and integers then use their full two's complement range."""
+    """`x` as codes and scales.
+
+    Given scales are kept bit for bit, and integers then use their full two's complement range.
+    """
     import torch
 
     with torch.no_grad():

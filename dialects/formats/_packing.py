@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes (one dimension; only their low `bits` bits count) as ceil(n * bits / 8) bytes, the first in the low bits."""
+    """Codes (one dimension, only their low `bits` bits) as ceil(n * bits / 8) bytes, the first code in the low bits."""
     import torch
 
     if bits == 8:
@@ -18,6 +18,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         return _pack_whole(codes.to(torch.uint8) & ((1 << bits) - 1), bits)
     if bits in (16, 32):
         return codes.to(torch.int16 if bits == 16 else torch.int32).view(torch.uint8)
+    if bits < 8:
+        return _pack_eights(codes, bits)
     stream = (codes.to(torch.int64)[:, None] >> torch.arange(bits, device=codes.device)).to(torch.uint8) & 1
     return _pack_whole(stream.reshape(-1), 1)
 
@@ -31,6 +33,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int, *, signed: bool) -> Tenso
             (1 << bits) - 1
         )
         codes = each.reshape(-1)[:count].to(torch.int64)
+    elif bits < 8:
+        codes = _unpack_eights(packed, bits)[:count]
     else:
         stream = (packed[:, None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
         places = torch.arange(bits, device=packed.device)
@@ -38,6 +42,26 @@ def unpack_bits(packed: Tensor, bits: int, count: int, *, signed: bool) -> Tenso
     if signed:
         codes = (codes ^ (1 << (bits - 1))) - (1 << (bits - 1))
     return codes.to(torch.int32)
+
+
+def _pack_eights(codes: Tensor, bits: int) -> Tensor:
+    """Codes of fewer than 8 bits: eight of them are a word of `bits` bytes."""
+    import torch
+
+    eights = torch.nn.functional.pad(codes.to(torch.int64) & ((1 << bits) - 1), (0, -len(codes) % 8)).reshape(-1, 8)
+    words = eights[:, 0].clone()
+    for place in range(1, 8):
+        words |= eights[:, place] << (bits * place)
+    return words.view(torch.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[: -(-len(codes) * bits // 8)]
+
+
+def _unpack_eights(packed: Tensor, bits: int) -> Tensor:
+    import torch
+
+    groups = torch.nn.functional.pad(packed, (0, -len(packed) % bits)).reshape(-1, bits)
+    words = torch.nn.functional.pad(groups, (0, 8 - bits)).reshape(-1).view(torch.int64)
+    places = bits * torch.arange(8, device=packed.device)
+    return (words[:, None] >> places & ((1 << bits) - 1)).reshape(-1)
 
 
 def trit_bytes(count: int) -> int:

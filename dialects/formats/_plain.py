@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class Plain(Numbers):
-    """A format whose values are those of one element. NaN stays NaN in `quantize`; it cannot be encoded without a code."""
+    """A format whose values are those of one element.
+
+    NaN stays NaN in `quantize`, so that it is seen; where it has no code, `encode` refuses it.
+    """
 
     @property
     @abstractmethod
@@ -38,7 +41,7 @@ class Plain(Numbers):
             raise MxloomError(f"{self} has no scale, but scales were given")
         element = self.element_numbers
         values = element.round(x.to(working_dtype(x.dtype, element), copy=True), how)
-        if values.isnan().any() and not bool(element.values(element.codes(values), values.dtype).isnan().any()):
+        if element.nan_code is None and values.isnan().any():
             raise MxloomError(f"NaN has no code in {self}: replace it before encoding, or use a format with NaN")
         return Parts(element.codes(values))
 

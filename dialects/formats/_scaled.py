@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from xdsl.dialects.builtin import f8E8M0FNU
@@ -200,10 +201,8 @@ def _exactly(given: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: st
 
     if given.dtype == torch.uint8 and dtype == torch.float8_e8m0fnu:
         given = given.view(dtype)
-    if given.shape != shape and given.numel() != 1:
-        raise MxloomError(f"given {name} have shape {tuple(given.shape)}, the blocks of this tensor are {shape}")
-    if given.numel() != int(torch.Size(shape).numel()):
-        raise MxloomError(f"given {name} are {given.numel()} numbers, the blocks of this tensor are {shape}")
+    if given.numel() != prod(shape):
+        raise MxloomError(f"given {name} have shape {list(given.shape)}, the blocks of this tensor {list(shape)}")
     stored = given if given.dtype == dtype else given.to(dtype)
     wide = given.to(torch.float64) if given.dtype != torch.float8_e8m0fnu else _e8m0(given)
     back = stored.to(torch.float64) if dtype != torch.float8_e8m0fnu else _e8m0(stored)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -190,7 +189,8 @@ class BlockType(ParametrizedAttribute, Format):
             raise VerifyException(f"a scale is one of {names}, got {self.scale}")
         if self.tensor_scale != NoneAttr() and (self.tensor_scale != f32 or self.scale not in (f8E4M3FN, f8E5M2)):
             raise VerifyException(
-                f"a tensor scale is f32 and stands over block scales in f8E4M3FN or f8E5M2, got {self.tensor_scale} over {self.scale}"
+                "a tensor scale is f32 and stands over block scales in f8E4M3FN or f8E5M2, "
+                f"got {self.tensor_scale} over {self.scale}"
             )
         if self.zero == NoneAttr():
             return

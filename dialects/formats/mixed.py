@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
-from xdsl.dialects.builtin import DYNAMIC_INDEX
+from xdsl.dialects.builtin import DYNAMIC_INDEX, NoneAttr
 from xdsl.ir import Attribute, ParametrizedAttribute, TypeAttribute
 from xdsl.irdl import irdl_attr_definition
 from xdsl.parser import AttrParser
@@ -14,8 +14,9 @@ from xdsl.printer import Printer
 from xdsl.utils.exceptions import VerifyException
 
 from ..errors import MxloomError, UsageError
-from ._builtin import NarrowFloat, numbers_of
+from ._builtin import numbers_of
 from ._format import Format, Given, Layout, Parts, Rounding
+from ._plain import Plain
 from ._tiling import Tiling
 from .block import BlockType
 
@@ -51,9 +52,11 @@ class MixedType(ParametrizedAttribute, Format):
         return max(self.bits_at(0.0), self.bits_at(1.0))
 
     def storage_bits(self, shape: Sequence[int]) -> int:
-        """The most that a tensor can cost: every block in the dearer format, the other's tensor scale, one bit each."""
+        """The most that a tensor can cost: every block in the dearer format, one bit each, both tensor scales."""
         blocks = prod(self.low_block.tiling(shape).grid)
-        return max(numbers_of(part).storage_bits(shape) for part in (self.low, self.high)) + blocks + 32
+        once = [_bits_per_tensor(part) for part in (self.low, self.high)]
+        sizes = [numbers_of(part).storage_bits(shape) for part in (self.low, self.high)]
+        return max(size - whole for size, whole in zip(sizes, once, strict=True)) + blocks + sum(once)
 
     @property
     def default_scale_rule(self) -> str | None:
@@ -103,21 +106,21 @@ class MixedType(ParametrizedAttribute, Format):
     @property
     def _not_stored(self) -> MxloomError:
         return MxloomError(
-            f"{self} has no stored form yet: quantize into it to measure it, or store the tensor as {self.low} or {self.high}"
+            f"{self} has no stored form yet: quantize into it to measure it, "
+            f"or store the tensor as {self.low} or {self.high}"
         )
 
     def verify(self) -> None:
         if not isinstance(self.low, BlockType) or DYNAMIC_INDEX in self.low.dims:
             raise VerifyException(f"the low format of a mixed format has blocks of a stated size, got {self.low}")
-        if not isinstance(self.high, BlockType | Format) and not isinstance(numbers_of(self.high), NarrowFloat):
-            raise VerifyException(f"the high format of a mixed format is a narrow number format, got {self.high}")
-        if isinstance(self.high, MixedType):
-            raise VerifyException("a mixed format has two formats, and neither is mixed")
+        if not isinstance(self.high, BlockType) and not isinstance(numbers_of(self.high), Plain):
+            raise VerifyException(f"the high format of a mixed format is a block or a narrow number, got {self.high}")
         if not isinstance(self.high, BlockType) or set(self.high.dims) == {DYNAMIC_INDEX}:
             return
         if self.high.dims != self.low.dims:
             raise VerifyException(
-                f"both formats of a mixed format have the same blocks, got {self.low} and {self.high} (or ? for the tensor)"
+                "both formats of a mixed format have the same blocks (or high has ? for the whole tensor), "
+                f"got {self.low} and {self.high}"
             )
 
     @classmethod
@@ -142,6 +145,15 @@ def block_impact(x: Tensor, mixed: MixedType, sensitivity: Tensor | None = None,
     """
     low, high = mixed.candidates(x, how or Rounding())
     return _impact(low, high, sensitivity, mixed.low_block.tiling(x.shape))
+
+
+def _bits_per_tensor(part: TypeAttribute) -> int:
+    """Bits of the scales that a tensor has once."""
+    if not isinstance(part, BlockType):
+        return 0
+    if set(part.dims) == {DYNAMIC_INDEX}:
+        return int(numbers_of(part.scale).bits)
+    return 0 if part.tensor_scale == NoneAttr() else 32
 
 
 def _impact(low: Tensor, high: Tensor, sensitivity: Tensor | None, tiling: Tiling) -> Tensor:
