@@ -29,12 +29,14 @@ class Aten:
     """A torch operator that an operation means.
 
     `names` gives the field of a schema argument where the two are called differently (the first that takes the value),
-    `implied` the only value of an argument that has no field, `sets` the properties that follow from the operator.
+    `implied` the only value of an argument that has no field, `ignored` the arguments without effect on the values,
+    `sets` the properties that follow from the operator.
     """
 
     target: str
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     implied: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     sets: Mapping[str, Attribute] = field(default_factory=dict)
 
     def fields(self, argument: str) -> tuple[str, ...]:
@@ -65,6 +67,8 @@ class TorchOperation(Operation):
         operands: dict[str, Any] = {}
         values: dict[str, Any] = {}
         for argument in arguments:
+            if argument.name in aten.ignored:
+                continue
             if argument.name in aten.implied:
                 if argument.value != aten.implied[argument.name]:
                     return None

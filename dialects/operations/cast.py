@@ -9,14 +9,12 @@ from xdsl.irdl import ParsePropInAttrDict, irdl_op_definition, operand_def, opt_
 from xdsl.utils.exceptions import VerifyException
 
 from ..errors import did_you_mean
+from ..formats import ROUNDINGS, SCALE_RULES
 from ._operation import Call, Operation
 from ._shapes import Shape, element_of, shape_of
 
 if TYPE_CHECKING:
     from ..formats import Rounding
-
-SCALE_RULES = ("floor", "ceil", "even", "rceil")
-ROUNDINGS = ("rne", "rna", "rtz", "stochastic")
 
 
 @irdl_op_definition

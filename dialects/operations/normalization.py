@@ -61,7 +61,7 @@ class LayerNormOp(Normalization):
     """(input - mean) / sqrt(variance + eps) · weight + bias over the last dimensions (`normalized_shape`)."""
 
     name = "mx.layer_norm"
-    ATEN: ClassVar = (Aten("aten.layer_norm.default"),)
+    ATEN: ClassVar = (Aten("aten.layer_norm.default", ignored=("cudnn_enable",)),)
 
     irdl_options = (AttrSizedOperandSegments(as_property=True),)
 
@@ -89,7 +89,11 @@ class BatchNormOp(Normalization):
 
     name = "mx.batch_norm"
     ATEN: ClassVar = (
-        Aten("aten.batch_norm.default", implied={"training": False, "momentum": 0.1, "cudnn_enabled": True}),
+        Aten(
+            "aten.batch_norm.default",
+            implied={"training": False, "momentum": 0.0, "cudnn_enabled": False},
+            ignored=("momentum", "cudnn_enabled"),
+        ),
     )
 
     irdl_options = (AttrSizedOperandSegments(as_property=True),)
@@ -113,7 +117,7 @@ class GroupNormOp(Normalization):
     """Normalization of each of `num_groups` groups of channels, then · weight + bias for every channel."""
 
     name = "mx.group_norm"
-    ATEN: ClassVar = (Aten("aten.group_norm.default"),)
+    ATEN: ClassVar = (Aten("aten.group_norm.default", ignored=("cudnn_enabled",)),)
 
     irdl_options = (AttrSizedOperandSegments(as_property=True),)
 

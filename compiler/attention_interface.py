@@ -1,0 +1,162 @@
+"""transformers' three interfaces (attention, mask, experts) in our operators, so that a model is captured in whole operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..dialects import torch_operators
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+NAME = "mxloom"
+
+
+def register() -> None:
+    """Make `mxloom` known to transformers as an implementation of attention, of its masks, and of experts."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    torch_operators.register()
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+@contextmanager
+def structured(model: nn.Module) -> Iterator[None]:
+    """Inside, attention and experts are our operators and no cache is used; afterwards the model is as it was.
+
+    A model that writes its attention inside itself (falcon, bloom) keeps it; a module that is not of transformers is
+    left alone.
+    """
+    if not hasattr(model, "set_attn_implementation"):
+        yield
+        return
+    register()
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values()
+    keys = ("_attn_implementation", "_experts_implementation", "use_cache")
+    before = [(config, key, getattr(config, key)) for config in configs for key in keys if hasattr(config, key)]
+    try:
+        _select(model)
+        for config, key, value in before:
+            if key == "use_cache":
+                config.use_cache = False
+            elif key == "_experts_implementation" and value is not None:
+                config._experts_implementation = NAME
+        yield
+    finally:
+        for config, key, value in before:
+            setattr(config, key, value)
+
+
+def _select(model: Any) -> None:
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError:
+        model.set_attn_implementation("eager")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention contract as flash attention has it: attention_mask is padding [B, K] or a whole 4-D mask.
+
+    query [B, H, Q, D], key and value [B, G, K, D] -> ([B, Q, H, Dv], None).
+    """
+    import torch
+
+    causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    padding = bias = None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        bias, causal, sliding_window = attention_mask, False, None
+        if bias.dtype == torch.bool:
+            zero = torch.zeros((), dtype=query.dtype, device=query.device)
+            bias = torch.where(bias, zero, torch.finfo(query.dtype).min)
+    elif attention_mask is not None:
+        padding = attention_mask.to(torch.bool)
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
+    out = torch.ops.mxloom.attention(
+        query,
+        key,
+        value,
+        padding,
+        bias,
+        s_aux,
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        causal=causal,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Padding [B, K] where the mask function is causal, bidirectional or one of these in a window; else eager's mask."""
+    from transformers.masking_utils import eager_mask
+
+    if mask_pattern(mask_function) is None:
+        return eager_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+    return None if attention_mask is None else attention_mask[:, -kv_length:]
+
+
+def mask_pattern(function: Any) -> tuple[bool, int | None] | None:
+    """(causal, window) of a mask function of transformers; None where it is anything else (packed, chunked, own)."""
+    from transformers import masking_utils
+
+    bases = {masking_utils.causal_mask_function: True, masking_utils.bidirectional_mask_function: False}
+    if function in bases:
+        return bases[function], None
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if function.__qualname__.startswith("and_masks") and len(cells) == 1 and len(cells[0]) == 2:
+        window, base = cells[0]
+        if window.__qualname__.startswith("sliding_window") and base in bases:
+            return bases[base], window.__closure__[0].cell_contents
+    return None
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """transformers' experts contract: rows routed through two expert contractions, the gate between, summed by weight.
+
+    hidden_states [T, D], top_k_index and top_k_weights [T, k] -> [T, D].
+    """
+    import torch
+
+    tokens, choices, width = hidden_states.shape[0], top_k_index.shape[-1], hidden_states.shape[-1]
+    index = top_k_index.reshape(-1)
+    rows = hidden_states.repeat_interleave(choices, dim=0)
+
+    def contract(part: str, given: Tensor) -> Tensor:
+        bias = getattr(self, f"{part}_proj_bias") if self.has_bias else None
+        return torch.ops.mxloom.expert_linear(given, getattr(self, f"{part}_proj"), index, bias, self.is_transposed)
+
+    up = contract("gate_up" if self.has_gate else "up", rows)
+    down = contract("down", self._apply_gate(up) if self.has_gate else self.act_fn(up))
+    if self.has_post_expert_norm:
+        down = self.post_expert_norm(down)
+    weighted = (down * top_k_weights.reshape(-1, 1)).view(tokens, choices, width)
+    return weighted.sum(1).to(hidden_states.dtype)

@@ -1,0 +1,197 @@
+"""FX to FX: drop what has no meaning on values, recognise rms_norm and rope.
+
+The graph stays runnable, so that torch itself remains the oracle for every step of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..dialects import torch_operators
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.fx import Graph, Node
+
+
+def simplify(program: ExportedProgram) -> ExportedProgram:
+    """The program, its graph changed in place: the same values from fewer nodes. Returns the program."""
+    torch_operators.register()
+    graph = program.graph
+    _drop_valueless(graph)
+    graph.eliminate_dead_code()
+    _fuse_rms_norm(graph)
+    _fuse_rope(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return program
+
+
+def _aten() -> Any:
+    import torch
+
+    return torch.ops.aten
+
+
+def _is(node: Any, *targets: Any) -> bool:
+    from torch.fx import Node
+
+    return isinstance(node, Node) and node.target in targets
+
+
+def _drop_valueless(graph: Graph) -> None:
+    """Assertions go; copies that keep the type become their input; a view becomes a reshape, for layout is free."""
+    aten = _aten()
+    assertions = (
+        aten._assert_tensor_metadata.default,
+        aten._assert_scalar.default,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+    )
+    copies = (
+        aten.clone.default,
+        aten.alias.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.detach_.default,
+        aten.dropout.default,
+        aten.lift_fresh_copy.default,
+    )
+    conversions = (aten._to_copy.default, aten.type_as.default, aten.to.dtype)
+    for node in list(graph.nodes):
+        if _is(node, *assertions):
+            graph.erase_node(node)
+        elif _is(node, aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+        elif _is(node, aten.bmm.default, aten.mm.default):
+            node.target = aten.matmul.default
+        elif _is(node, *copies) or (_is(node, *conversions) and _dtype(node) == _dtype(node.args[0])):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _dtype(node: Any) -> Any:
+    return node.meta["val"].dtype
+
+
+def _orders(node: Node) -> tuple[tuple[Any, Any], ...]:
+    """Both orders of the operands of a commutative node."""
+    one, other = node.args[:2]
+    return ((one, other), (other, one))
+
+
+def _replace(graph: Graph, node: Node, target: Any, args: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _fuse_rms_norm(graph: Graph) -> None:
+    """x · rsqrt(mean(x²) + eps), and the product with the weight or with weight + 1 (gemma) that follows."""
+    import torch
+
+    for node in list(graph.nodes):
+        found = _match_rms_norm(node)
+        if found is None:
+            continue
+        x, eps = found
+        end, weight, offset = _norm_weight(node)
+        _replace(graph, end, torch.ops.mxloom.rms_norm.default, (x, weight, eps, offset))
+
+
+def _match_rms_norm(node: Node) -> tuple[Node, float] | None:
+    aten = _aten()
+    if not _is(node, aten.mul.Tensor):
+        return None
+    for x, root in _orders(node):
+        if not _is(root, aten.rsqrt.default) or not _is(total := root.args[0], aten.add.Tensor):
+            continue
+        mean, eps = total.args[:2]
+        if not isinstance(eps, float) or not _is(mean, aten.mean.dim) or mean.kwargs or len(mean.args) < 3:
+            continue
+        square, dims, keepdim = mean.args[:3]
+        if list(dims) == [-1] and keepdim and _is(square, aten.pow.Tensor_Scalar) and square.args == (x, 2):
+            return x, eps
+    return None
+
+
+def _norm_weight(node: Node) -> tuple[Node, Node | None, bool]:
+    """(last node of the norm, weight, whether 1 is added to it) when the normalized value is multiplied by a weight."""
+    aten = _aten()
+    users = list(node.users)
+    if len(users) != 1 or not _is(users[0], aten.mul.Tensor):
+        return node, None, False
+    one, other = users[0].args
+    weight, offset = (other if one is node else one), False
+    if _is(weight, aten.add.Tensor) and weight.args[1] == 1.0 and not weight.kwargs:
+        weight, offset = weight.args[0], True
+    if getattr(weight, "op", None) == "placeholder":
+        return users[0], weight, offset
+    return node, None, False
+
+
+def _fuse_rope(graph: Graph) -> None:
+    """x · cos + rotate_half(x) · sin, and the form with cos and sin of half the width (gpt_oss)."""
+    import torch
+
+    for node in list(graph.nodes):
+        if (found := _match_rope(node)) is not None:
+            _replace(graph, node, torch.ops.mxloom.rope.default, (*found, False))
+        elif (found := _match_half_rope(node)) is not None:
+            _replace(graph, node, torch.ops.mxloom.rope.default, (*found, True))
+
+
+def _match_rope(node: Node) -> tuple[Node, Node, Node] | None:
+    aten = _aten()
+    if not _is(node, aten.add.Tensor) or not all(_is(part, aten.mul.Tensor) for part in node.args[:2]):
+        return None
+    for plain, turned in _orders(node):
+        for rotated, sin in _orders(turned):
+            for x, cos in _orders(plain):
+                if _is_rotated(rotated, x):
+                    return x, cos, sin
+    return None
+
+
+def _is_rotated(node: Any, x: Any) -> bool:
+    """Whether the node is concat(-second half of x, first half of x)."""
+    aten = _aten()
+    if not _is(node, aten.cat.default) or len(node.args[0]) != 2 or list(node.args[1:]) != [-1]:
+        return False
+    negated, first = node.args[0]
+    width = x.meta["val"].shape[-1] if hasattr(x, "meta") else None
+    return (
+        isinstance(width, int)
+        and _is(negated, aten.neg.default)
+        and _is_half(negated.args[0], x, width // 2, width)
+        and _is_half(first, x, 0, width // 2)
+    )
+
+
+def _is_half(node: Any, x: Any, start: int, end: int) -> bool:
+    """Whether the node is x[..., start:end]."""
+    if not _is(node, _aten().slice.Tensor) or node.args[0] is not x or len(node.args) < 4:
+        return False
+    rank = x.meta["val"].ndim
+    return (
+        node.args[1] % rank == rank - 1 and node.args[2] == start and min(node.args[3], x.meta["val"].shape[-1]) == end
+    )
+
+
+def _match_half_rope(node: Node) -> tuple[Node, Node, Node] | None:
+    """concat(a · cos - b · sin, b · cos + a · sin) for the halves a, b of x."""
+    aten = _aten()
+    if not _is(node, aten.cat.default) or len(node.args[0]) != 2 or list(node.args[1:]) != [-1]:
+        return None
+    difference, total = node.args[0]
+    if not _is(difference, aten.sub.Tensor) or not _is(total, aten.add.Tensor):
+        return None
+    if not all(_is(part, aten.mul.Tensor) for part in (*difference.args, *total.args)):
+        return None
+    (a, cos), (b, sin) = difference.args[0].args, difference.args[1].args
+    if total.args[0].args != (b, cos) or total.args[1].args != (a, sin):
+        return None
+    halves = a.args[1:] == (0,) and b.args[1:] == (1,) and a.args[0] is b.args[0]
+    return (a.args[0].args[0], cos, sin) if halves and _is(a.args[0], aten.split.Tensor, aten.chunk.default) else None
