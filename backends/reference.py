@@ -132,7 +132,8 @@ def _rounded(value: Any, type: Attribute) -> Any:
     element = type.element_type
     if formats.is_wide(element):
         return value.to(torch_dtype(element))
-    return value if getattr(value, "is_meta", False) else formats.quantize(value, element)
+    has_data = getattr(value, "fake_mode", None) is None
+    return formats.quantize(value, element) if has_data else value
 
 
 def _constants(block: Block, weights: Weights) -> tuple[dict[SSAValue, Any], set[Operation]]:

@@ -1,4 +1,4 @@
-"""transformers' three interfaces (attention, mask, experts) in our operators, so that a model is captured in whole operations."""
+"""The three interfaces of transformers (attention, mask, experts) in our operators: models are captured whole."""
 
 from __future__ import annotations
 
@@ -76,9 +76,17 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention contract as flash attention has it: attention_mask is padding [B, K] or a whole 4-D mask.
 
-    query [B, H, Q, D], key and value [B, G, K, D] -> ([B, Q, H, Dv], None).
+    query [B, H, Q, D], key and value [B, G, K, D] -> ([B, Q, H, Dv], None). Where the module carries
+    `mxloom_attention`, it says how the operands are rounded (`query`, `key`, `value`: functions of a tensor) and the
+    probabilities (`keywords` of the operator).
     """
     import torch
+
+    rounding = getattr(module, "mxloom_attention", {})
+    query, key, value = (
+        rounding[name](tensor) if name in rounding else tensor
+        for name, tensor in (("query", query), ("key", key), ("value", value))
+    )
 
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
     padding = bias = None
@@ -102,6 +110,7 @@ def attention_forward(
         causal=causal,
         window=sliding_window,
         softcap=softcap,
+        **rounding.get("keywords", {}),
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -116,7 +125,7 @@ def mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Padding [B, K] where the mask function is causal, bidirectional or one of these in a window; else eager's mask."""
+    """Padding [B, K] where the mask function is causal or bidirectional, in a window or not; else eager's own mask."""
     from transformers.masking_utils import eager_mask
 
     if mask_pattern(mask_function) is None:

@@ -1,0 +1,134 @@
+"""What a compilation yields: the typed module with its weights, callable like the model it came from."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
+from xdsl.dialects.func import FuncOp
+
+from ..backends.cost import Cost, Coverage, cost, coverage
+from ..backends.weight_store import WeightStore
+from ..dialects.errors import UsageError
+from ..dialects.operations._shapes import UNKNOWN, shape_of
+from .model_source import ModelSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import GraphModule
+
+
+@dataclass
+class Compiled:
+    """A typed module, its weights, and the model it came from.
+
+    Called with the model's inputs by name or in the module's order, it yields the model's outputs (a named tuple;
+    a bare tensor where the model yields one), with the exact numerics of the types.
+    """
+
+    module: ModuleOp
+    weights: WeightStore
+    source: ModelSource
+    pipeline: str = ""
+    recipe: dict[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
+        results = self.emulation(*self.arguments(*inputs, **named))
+        if not self.outputs:
+            return results[0]
+        return namedtuple("Outputs", self.outputs)(*results)
+
+    @property
+    def function(self) -> FuncOp:
+        return next(op for op in self.module.body.block.ops if isinstance(op, FuncOp))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the module's inputs, in order."""
+        return tuple(a.name_hint or f"input_{i}" for i, a in enumerate(self.function.body.block.args))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the model's outputs; empty where the model yields a bare tensor."""
+        names = self.function.attributes.get("outputs")
+        if not isinstance(names, ArrayAttr):
+            return ()
+        return tuple(name.data for name in names.data if isinstance(name, StringAttr))
+
+    @cached_property
+    def emulation(self) -> GraphModule:
+        """The module as an FX graph that runs on torch tensors; `print(compiled.emulation.code)` reads it."""
+        from ..backends.emulate import build
+
+        return build(self.module, self.weights)
+
+    def arguments(self, *inputs: Tensor, **named: Tensor) -> list[Tensor]:
+        """The inputs in the module's order. Raises UsageError where one is missing, unknown, or given twice."""
+        names = self.inputs
+        if len(inputs) > len(names):
+            raise UsageError(f"{self.source.name} takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
+        given = dict(zip(names, inputs, strict=False))
+        twice, unknown = sorted(given.keys() & named.keys()), sorted(named.keys() - set(names))
+        if twice or unknown:
+            what = f"input {twice[0]!r} came twice" if twice else f"unknown input {unknown[0]!r}"
+            raise UsageError(f"{self.source.name}: {what}; its inputs are {', '.join(names)}")
+        given |= named
+        if "attention_mask" in names and "attention_mask" not in given and "input_ids" in given:
+            given["attention_mask"] = given["input_ids"].new_ones(given["input_ids"].shape)
+        missing = [n for n in names if n not in given]
+        if missing:
+            raise UsageError(f"{self.source.name}: input {missing[0]!r} is missing; its inputs are {', '.join(names)}")
+        return [given[n] for n in names]
+
+    def cost(self, *, batch: int = 1, sequence: int = 512) -> Cost:
+        """Bits, bytes, MACs and memory traffic, per site and in total, for one forward of batch x sequence."""
+        return cost(self.module, self.weights, sizes=self.sizes(batch, sequence))
+
+    def coverage(self, *, batch: int = 1, sequence: int = 512) -> Coverage:
+        """Which share of MACs and bytes has which format, and what stayed wide, and why."""
+        return coverage(self.module, self.weights, sizes=self.sizes(batch, sequence))
+
+    def sizes(self, batch: int, sequence: int) -> list[tuple[int, ...]]:
+        """The shape of every input, its dynamic sizes filled in: the first is the batch, the others the sequence."""
+        shapes = [shape_of(a) for a in self.function.body.block.args]
+        fill = (batch, *[sequence] * 8)
+        return [tuple(f if d == UNKNOWN else d for d, f in zip(shape, fill, strict=False)) for shape in shapes]
+
+    def packed(self) -> tuple[ModuleOp, WeightStore]:
+        """The module with every quantized weight folded into a parameter of its format, and the store that holds them."""
+        from ..passes._context import CompileContext
+        from ..passes.pack import Pack
+
+        module, weights = self.module.clone(), self.weights.copy()
+        Pack().apply(CompileContext(weights=weights), module)
+        return module, weights
+
+    def report(self) -> dict[str, Any]:
+        """Everything worth knowing about the compilation, for JSON: model, pipeline, cost, coverage, provenance."""
+        return {
+            "model": self.source.name,
+            "task": self.source.task,
+            "pipeline": self.pipeline,
+            "recipe": self.recipe,
+            "cost": self.cost().to_json(),
+            "coverage": self.coverage().to_json(),
+            "notes": list(self.source.notes),
+            "provenance": self.provenance,
+        }
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the artefact folder (see `mxloom.load`)."""
+        from .artefact import save
+
+        return save(self, directory)
+
+    def to_hf(self) -> Any:
+        """A Hugging Face model with these numerics whose `generate()` works with its cache."""
+        from .hugging_face import to_hf
+
+        return to_hf(self)

@@ -1,0 +1,160 @@
+"""`mxloom.compile`: capture, import, and run the pipeline that a recipe stands for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
+
+from ..backends.weight_store import WeightStore
+from ..dialects.errors import MxloomError, UsageError
+from ..passes._context import CompileContext
+from ..passes.quantize import RuleError
+from .compiled import Compiled
+from .model_source import ModelSource, open_model
+from .pipeline import parse_passes
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+Report = Callable[[str, str], None]
+"""Called with a step's name and a line about it as the compilation goes on."""
+
+
+def compile(
+    model: Any,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    weights: str | None = None,
+    activations: str | None = None,
+    example: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+) -> Compiled:
+    """Compile a model (a Hugging Face folder, a GGUF file, an nn.Module with `example` inputs, or an opened source).
+
+    The formats come from a recipe (a file, a dictionary, or a `Recipe`), or from `weights` and `activations`, which
+    then hold for every contraction. Without either, the module stays wide.
+    Raises MxloomError with what to do where the model cannot be read or captured or a rule has no effect.
+    """
+    tell = report or (lambda step, line: None)
+    chosen = _recipe(recipe, weights, activations)
+    source = model if isinstance(model, ModelSource) else open_model(model, example=example)
+    module = import_source(source, tell).clone()
+    pipeline = chosen.pipeline() if chosen else ""
+    run_pipeline(module, source.weights, pipeline, chosen, tell)
+    return Compiled(
+        module=module,
+        weights=source.weights,
+        source=source,
+        pipeline=pipeline,
+        recipe=chosen.to_json() if chosen else None,
+        provenance=provenance(source, pipeline),
+    )
+
+
+def import_source(source: ModelSource, report: Report | None = None) -> ModuleOp:
+    """The source's module, all wide; captured once and kept with the source."""
+    if source.imported is None:
+        from .capture import capture
+        from .import_graph import constants, import_program
+        from .simplify import simplify
+
+        program = simplify(capture(source.model, source.example()))
+        module = import_program(program)
+        for name, value in constants(program).items():
+            if name not in source.weights:
+                source.weights.put(name, value)
+        name_outputs(module, output_names(program))
+        source.imported = module
+        if report:
+            operations = sum(1 for _ in module.walk())
+            report("capture", f"{operations} operations")
+    return source.imported
+
+
+def run_pipeline(
+    module: ModuleOp,
+    weights: WeightStore | None,
+    pipeline: str,
+    recipe: Recipe | None = None,
+    report: Report | None = None,
+) -> None:
+    """Run a pipeline string over a module, in place, and verify after each pass."""
+    ctx = CompileContext(weights=weights)
+    for step in parse_passes(pipeline):
+        try:
+            step.apply(ctx, module)
+        except RuleError as error:
+            raise _at_line(error, recipe) from None
+        module.verify()
+        if report:
+            report(step.name, str(step))
+
+
+def provenance(source: ModelSource, pipeline: str) -> dict[str, Any]:
+    """What is needed to repeat a run: versions, the pipeline string, the source's hashes."""
+    names = ("mxloom", "torch", "transformers", "xdsl", "safetensors", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in names},
+        "pipeline": pipeline,
+        "source": {"name": source.name, "fingerprint": source.fingerprint},
+    }
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    from .. import __version__
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return __version__ if package == "mxloom" else "not installed"
+
+
+def _recipe(recipe: Any, weights: str | None, activations: str | None) -> Recipe | None:
+    if recipe is not None and (weights or activations):
+        raise UsageError("a recipe and weights/activations exclude each other; put the formats into the recipe")
+    if weights or activations:
+        rule = {key: value for key, value in (("weights", weights), ("activations", activations)) if value}
+        return Recipe.from_dict({"version": 1, "quantize": [rule]})
+    if recipe is None or isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_dict(dict(recipe)) if isinstance(recipe, Mapping) else Recipe.from_file(Path(recipe))
+
+
+def _at_line(error: RuleError, recipe: Recipe | None) -> MxloomError:
+    if recipe is None or recipe.path is None:
+        return error
+    return UsageError(f"{recipe.path}:{recipe.line_of(error.rule - 1)}: {error.message}")
+
+
+def name_outputs(module: ModuleOp, names: tuple[str, ...]) -> None:
+    """Note the names of the model's outputs on the module's function."""
+    function = next(iter(module.body.block.ops))
+    if names:
+        function.attributes["outputs"] = ArrayAttr([StringAttr(n) for n in names])
+
+
+def output_names(program: ExportedProgram) -> tuple[str, ...]:
+    """The names of the model's outputs, flat, in order; none where the model yields one bare tensor."""
+    from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
+
+    spec = program.call_spec.out_spec
+    if spec is None or spec.is_leaf():
+        return ()
+    paths, _ = tree_flatten_with_path(tree_unflatten([0] * spec.num_leaves, spec))
+    return tuple("_".join(_key(k, first=i == 0) for i, k in enumerate(path)) for path, _ in paths)
+
+
+def _key(key: Any, *, first: bool) -> str:
+    from torch.utils._pytree import SequenceKey
+
+    if isinstance(key, SequenceKey):
+        return f"output_{key.idx}" if first else str(key.idx)
+    return str(getattr(key, "key", getattr(key, "name", key)))

@@ -1,0 +1,166 @@
+"""`Compiled.to_hf()`: the typed module's numerics inside the Hugging Face model, so that `generate()` and its cache work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from xdsl.ir import Attribute, Operation, SSAValue
+
+from ..dialects.errors import MxloomError
+from ..dialects.formats import Rounding, is_wide
+from ..dialects.operations.attention import AttentionOp
+from ..dialects.operations.cast import CastOp
+from ..dialects.operations.contraction import Contraction, EmbeddingOp
+from ..dialects.operations.parameter import ParameterOp
+from ..passes._sites import module_name, root
+from .capture import register
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .compiled import Compiled
+
+Round = Callable[["Tensor"], "Tensor"]
+
+
+def to_hf(compiled: Compiled) -> Any:
+    """A Hugging Face model that rounds as the typed module does, with the cache and sampling of transformers.
+
+    Each linear, convolution and embedding gets its rounded weight and rounds its input; attention rounds its operands
+    behind the cache. Raises MxloomError, naming the operation, where a cast belongs to no module of the model.
+    """
+    model = compiled.source.loaded()
+    if not hasattr(model, "set_attn_implementation"):
+        raise MxloomError(f"{compiled.source.name} is no Hugging Face model; call the compiled model itself")
+    register()
+    model.set_attn_implementation("mxloom")
+    _untie(model)
+    reached: set[CastOp] = set()
+    for op in compiled.function.walk():
+        if isinstance(op, (Contraction, EmbeddingOp)):
+            _transfer(op, model, compiled, reached)
+    for op in compiled.function.walk():
+        if isinstance(op, CastOp) and op not in reached:
+            raise MxloomError(
+                f"the cast %{op.result.name_hint or '?'} rounds a value between the modules of {compiled.source.name}, "
+                "which no Hugging Face module stands for; run the compiled model itself"
+            )
+    return model
+
+
+def _transfer(op: Operation, model: nn.Module, compiled: Compiled, reached: set[CastOp]) -> None:
+    names = op.reduced() if isinstance(op, Contraction) else {"weight": (-1,)}
+    casts = {name: _casts(getattr(op, name)) for name in names if name != "probabilities"}
+    rounded = any(casts.values()) or any(not is_wide(_element(getattr(op, n))) for n in casts)
+    if not rounded and not getattr(op, "probabilities", None):
+        return
+    for chain in casts.values():
+        reached.update(chain)
+    if isinstance(op, AttentionOp):
+        _attention(op, _submodule(model, module_name(op), compiled, attention=True), casts)
+        return
+    module = _submodule(model, module_name(op), compiled)
+    if "weight" in casts:
+        _set_weight(module, op, compiled)
+    if casts.get("input"):
+        _round_input(module, _rounding(casts["input"]))
+
+
+def _element(value: SSAValue) -> Attribute:
+    return value.type.element_type  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _casts(value: SSAValue) -> list[CastOp]:
+    """The casts above a value's root, the one next to the root first."""
+    chain: list[CastOp] = []
+    while isinstance(value.owner, CastOp):
+        chain.insert(0, value.owner)
+        value = value.owner.input
+    return chain
+
+
+def _rounding(chain: list[CastOp]) -> Round:
+    steps = [(op.result.type.element_type, op.how()) for op in chain]
+    return partial(_round, steps=steps)
+
+
+def _round(x: Tensor, steps: list[tuple[Attribute, Rounding]]) -> Tensor:
+    from ..dialects.torch_operators import quantize_call
+
+    for format, how in steps:
+        target, args, kwargs = quantize_call(x, format, how)
+        x = target(*args, **kwargs)
+    return x
+
+
+def _submodule(model: nn.Module, name: str, compiled: Compiled, *, attention: bool = False) -> nn.Module:
+    """The module that an operation stands for; attention belongs to the module that it was traced in."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            module = model.get_submodule(".".join(parts[:end]))
+        except AttributeError:
+            continue
+        if end == len(parts) or attention:
+            return module
+        break
+    raise MxloomError(
+        f"%{name} is no module of {compiled.source.name}, so no Hugging Face model can round as it does; run the compiled model itself"
+    )
+
+
+def _set_weight(module: nn.Module, op: Operation, compiled: Compiled) -> None:
+    import torch
+
+    value = op.weight
+    held = compiled.weights
+    base = root(value)
+    if not isinstance(base.owner, ParameterOp):
+        raise MxloomError(f"the weight of %{module_name(op)} is computed in the model and cannot be replaced")
+    parameter = base.owner
+    format = parameter.result.type.element_type
+    name = parameter.source.data
+    if is_wide(format):
+        weight = held.wide(name)
+    else:
+        weight = held.encoded(name, format, parameter.result.type.get_shape()).decode()
+    weight = _rounding(_casts(value))(weight)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _round_input(module: nn.Module, rounding: Round) -> None:
+    module.__class__ = _emulated(type(module))
+    module.round_input = rounding
+
+
+@cache
+def _emulated(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` with its input rounded first; parameter names and everything else stay."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return kind.forward(self, self.round_input(input))
+
+    return type(
+        f"Emulated{kind.__name__}", (kind,), {"forward": forward, "__doc__": f"{kind.__name__} on rounded input."}
+    )
+
+
+def _attention(op: AttentionOp, module: nn.Module, casts: dict[str, list[CastOp]]) -> None:
+    """Leave the formats with the attention module, where the attention interface finds them."""
+    rounding: dict[str, Any] = {name: _rounding(chain) for name, chain in casts.items() if chain}
+    if op.probabilities is not None:
+        rounding["keywords"] = {
+            "probabilities": str(op.probabilities),
+            "scale_rule": op.scale_rule.data if op.scale_rule else None,
+            "rounding": op.rounding.data if op.rounding else "rne",
+        }
+    module.mxloom_attention = rounding  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _untie(model: nn.Module) -> None:
+    """Give tied weights apart, so that one may be replaced without the other."""
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False

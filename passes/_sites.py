@@ -1,0 +1,256 @@
+"""Sites: the values of a module whose number format a pass may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from xdsl.dialects.builtin import FloatAttr, IntegerAttr, ModuleOp, StringAttr, TensorType, UnitAttr
+from xdsl.ir import Attribute, Block, Operation, SSAValue
+from xdsl.rewriter import InsertPoint, Rewriter
+
+from ..dialects.formats import Rounding, default_scale_rule, is_wide
+from ..dialects.instances import format_of, name_of
+from ..dialects.operations._values import path_of
+from ..dialects.operations.attention import AttentionOp
+from ..dialects.operations.cast import CastOp
+from ..dialects.operations.contraction import Contraction, EmbeddingOp
+from ..dialects.operations.parameter import ParameterOp
+
+Role = Literal["weight", "activation", "attention", "cache"]
+
+ROLES: tuple[Role, ...] = ("weight", "activation", "attention", "cache")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operand of one operation: where a cast may stand.
+
+    `role` says what the value is: a `weight` (it comes from a parameter), an `activation`, an `attention` operand
+    (query, key, value, the probabilities, or both sides of a product of two computed values), or the `cache`
+    (key and value as a cache would hold them, rounded before attention reads them).
+    """
+
+    operation: Operation
+    operand: str
+    role: Role
+
+    @property
+    def module(self) -> str:
+        """The model's module that the operation belongs to: `model.layers.0.self_attn.q_proj`."""
+        return module_name(self.operation)
+
+    @property
+    def kind(self) -> str:
+        """The operation's mnemonic: `linear`, `conv`, `matmul`, `attention`, `embedding` ..."""
+        return self.operation.name.removeprefix("mx.")
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{'cache.' if self.role == 'cache' else ''}{self.operand}"
+
+    @property
+    def is_probabilities(self) -> bool:
+        """Attention's probabilities are no value of the module: their format is a property of the operation."""
+        return self.operand == "probabilities"
+
+    @property
+    def value(self) -> SSAValue:
+        """The operand as the operation reads it now, casts included. Raises TypeError for the probabilities."""
+        if self.is_probabilities:
+            raise TypeError(f"{self.name} is inside the operation and no value of the module")
+        return cast(SSAValue, getattr(self.operation, self.operand))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes as the type states them; a dynamic one is -1."""
+        if self.is_probabilities:
+            query, key = _shape(cast(AttentionOp, self.operation).query), _shape(cast(AttentionOp, self.operation).key)
+            return (*query[:-1], key[-2])
+        return _shape(self.value)
+
+    @property
+    def group(self) -> str:
+        """Sites of one decision: what reads one value (q, k and v; gate and up), with the weights that meet it there."""
+        if self.role == "weight" and not isinstance(self.operation, EmbeddingOp):
+            others = [s for s in sites_of(self.operation) if s.role == "activation"]
+            return f"weights of {others[0].group}" if others else self.name
+        if self.is_probabilities:
+            return self.name
+        source = root(self.value)
+        return source.name_hint or f"{module_name(self.operation)}.{self.operand}"
+
+    @property
+    def format(self) -> Attribute:
+        """The format that the operation reads here now."""
+        if self.is_probabilities:
+            probabilities = cast(AttentionOp, self.operation).probabilities
+            return (
+                cast(TensorType, cast(AttentionOp, self.operation).query.type).element_type
+                if probabilities is None
+                else probabilities
+            )
+        value = _under_attention(self.value) if self.role == "cache" else self.value
+        return cast(TensorType, value.type).element_type
+
+    @property
+    def is_wide(self) -> bool:
+        return is_wide(self.format) if self.role != "cache" else not _is_cache(_under_attention(self.value))
+
+    @property
+    def rule(self) -> int | None:
+        """Which rule decided about the operation (counted from 1 in the order in which the passes ran), if one did."""
+        decided = self.operation.attributes.get("rule")
+        return decided.value.data if isinstance(decided, IntegerAttr) else None
+
+    def layout(self, format: str) -> Attribute:
+        """The type of a named format, laid out for this operand: blocks run along what the operation sums over."""
+        return format_of(format, rank=len(self.shape), dims=self._reduced())
+
+    def retype(self, format: str, how: Rounding | None = None) -> None:
+        """Round this operand into `format`: one cast for each value, format and way of rounding, shared by its readers."""
+        type, how = self.layout(format), how or Rounding()
+        how = Rounding(how.scale_rule or default_scale_rule(type), how.rounding, how.clip, how.seed)
+        if self.is_probabilities:
+            _set_probabilities(cast(AttentionOp, self.operation), type, how)
+            return
+        before = self.value
+        if self.role == "cache":
+            self._set(_cast_of(root(before), type, how, cache=True))
+        else:
+            self._set(_cast_of(_under_attention(before) if self.role == "attention" else root(before), type, how))
+        _drop_unused(before)
+
+    def _set(self, value: SSAValue) -> None:
+        old = self.value
+        for index, operand in enumerate(self.operation.operands):
+            if operand is old and self._owns(index):
+                self.operation.operands[index] = value
+
+    def _owns(self, index: int) -> bool:
+        """Whether operand `index` is the one called `self.operand` (one value may stand in two operands)."""
+        return _operand_names(self.operation)[index] == self.operand
+
+    def _reduced(self) -> tuple[int, ...]:
+        """What blocks run along."""
+        if isinstance(self.operation, EmbeddingOp):
+            return (-1,)
+        return cast(Contraction, self.operation).reduced()[self.operand]
+
+
+def sites(module: ModuleOp, *, kind: str | None = None) -> list[Site]:
+    """Every site of the module in the order of its operations; of one kind of operation where `kind` is given."""
+    found = (site for op in module.walk() if isinstance(op, (Contraction, EmbeddingOp)) for site in sites_of(op))
+    return [site for site in found if kind is None or site.kind == kind]
+
+
+def sites_of(operation: Operation) -> Iterator[Site]:
+    """The sites of one operation."""
+    if isinstance(operation, EmbeddingOp):
+        yield Site(operation, "weight", "weight")
+        return
+    if not isinstance(operation, Contraction):
+        return
+    products = {"matmul", "attention"}
+    for operand in operation.reduced():
+        if operand == "probabilities":
+            yield Site(operation, operand, "attention")
+        elif isinstance(root(getattr(operation, operand)).owner, ParameterOp):
+            yield Site(operation, operand, "weight")
+        else:
+            yield Site(
+                operation, operand, "attention" if operation.name.removeprefix("mx.") in products else "activation"
+            )
+    if isinstance(operation, AttentionOp):
+        yield Site(operation, "key", "cache")
+        yield Site(operation, "value", "cache")
+
+
+def module_name(operation: Operation) -> str:
+    """The name of the model's module that an operation stands for, from the name of its first result."""
+    return path_of(operation.results[0]) or f"{operation.name.removeprefix('mx.')}_{_position(operation)}"
+
+
+def root(value: SSAValue) -> SSAValue:
+    """The value under all casts."""
+    while isinstance(value.owner, CastOp):
+        value = value.owner.input
+    return value
+
+
+def rounding_properties(how: Rounding) -> dict[str, Attribute]:
+    """A way of rounding as properties of a cast; the scale rule is always written out."""
+    properties: dict[str, Attribute] = {"rounding": StringAttr(how.rounding)}
+    if how.scale_rule is not None:
+        properties["scale_rule"] = StringAttr(how.scale_rule)
+    if how.clip is not None:
+        properties["clip"] = FloatAttr(how.clip, 64)
+    if how.seed:
+        properties["seed"] = IntegerAttr(how.seed, 64)
+    return properties
+
+
+def _position(operation: Operation) -> int:
+    block = operation.parent
+    return 0 if block is None else block.get_operation_index(operation)
+
+
+def _shape(value: SSAValue) -> tuple[int, ...]:
+    return cast(TensorType, value.type).get_shape()
+
+
+def _operand_names(operation: Operation) -> list[str]:
+    """The declared field of each operand, in order."""
+    names: list[str] = []
+    for field in operation.get_irdl_definition().operands:  # pyright: ignore[reportAttributeAccessIssue]
+        held = getattr(operation, field[0])
+        names += [field[0]] * (0 if held is None else 1 if isinstance(held, SSAValue) else len(held))
+    return names
+
+
+def _is_cache(value: SSAValue) -> bool:
+    return isinstance(value.owner, CastOp) and "cache" in value.owner.attributes
+
+
+def _under_attention(value: SSAValue) -> SSAValue:
+    """The value under the cast that attention reads: the cache's where there is one, else the root."""
+    while isinstance(value.owner, CastOp) and not _is_cache(value):
+        value = value.owner.input
+    return value
+
+
+def _cast_of(value: SSAValue, format: Attribute, how: Rounding, *, cache: bool = False) -> SSAValue:
+    """`value` rounded into `format`: the cast that stands there already, or a new one right behind the value."""
+    for use in value.uses:
+        op = use.operation
+        if (
+            isinstance(op, CastOp)
+            and op.result.type.element_type == format
+            and op.how() == how
+            and _is_cache(op.result) == cache
+        ):
+            return op.result
+    type = cast(TensorType, value.type)
+    new = CastOp.build(
+        operands=[value],
+        result_types=[TensorType(format, type.get_shape())],
+        properties=rounding_properties(how),
+    )
+    if cache:
+        new.attributes["cache"] = UnitAttr()
+    new.result.name_hint = f"{value.name_hint}.{name_of(format)}" if value.name_hint else None
+    where = InsertPoint.at_start(value.owner) if isinstance(value.owner, Block) else InsertPoint.after(value.owner)
+    Rewriter.insert_op(new, where)
+    return new.result
+
+
+def _drop_unused(value: SSAValue) -> None:
+    while isinstance(value.owner, CastOp) and not value.uses:
+        unused, value = value.owner, value.owner.input
+        Rewriter.erase_op(unused)
+
+
+def _set_probabilities(operation: AttentionOp, format: Attribute, how: Rounding) -> None:
+    operation.properties["probabilities"] = format
+    operation.properties |= {k: v for k, v in rounding_properties(how).items() if k in ("scale_rule", "rounding")}

@@ -1,0 +1,61 @@
+"""`pack`: a parameter and the cast behind it become one parameter that is stored in the format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp, StringAttr, TensorType
+from xdsl.passes import ModulePass
+from xdsl.rewriter import InsertPoint, Rewriter
+
+from ..backends.weight_store import WeightStore
+from ..dialects.formats import encode_tensor, is_wide
+from ..dialects.operations.cast import CastOp
+from ..dialects.operations.parameter import ParameterOp
+from ._context import weights_of
+
+
+@dataclass(frozen=True)
+class Pack(ModulePass):
+    """Encode every parameter that is only read through casts, so that the module names what the file holds.
+
+    The first cast of a parameter that has no other reader takes over the parameter's name; a further one, or one
+    beside readers of the wide tensor, gets the name with `.as.<reader>` behind it, so that a tied weight in two
+    formats is stored as the two tensors it then is. Needs the weights.
+    """
+
+    name = "pack"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        weights = weights_of(ctx, self.name)
+        for parameter in [o for o in op.walk() if isinstance(o, ParameterOp)]:
+            _fold(parameter, weights)
+
+
+def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
+    casts = [u.operation for u in parameter.result.uses if isinstance(u.operation, CastOp)]
+    casts = [c for c in casts if not is_wide(cast(TensorType, c.result.type).element_type)]
+    source = parameter.source.data
+    free = {source} if len(casts) == len(list(parameter.result.uses)) else set[str]()
+    # Encoded before anything is put into the store: the first encoding may take the wide tensor's name.
+    encoded = [
+        encode_tensor(weights.wide(source), cast(TensorType, c.result.type).element_type, c.how()) for c in casts
+    ]
+    for position, (op, value) in enumerate(zip(casts, encoded, strict=True)):
+        name = free.pop() if free else _second_name(source, op, position)
+        weights.put_encoded(name, value)
+        stored = ParameterOp.build(result_types=[op.result.type], properties={"source": StringAttr(name)})
+        stored.result.name_hint = name if name == source else op.result.name_hint
+        Rewriter.insert_op(stored, InsertPoint.before(op))
+        op.result.replace_all_uses_with(stored.result)
+        Rewriter.erase_op(op)
+    if casts and not parameter.result.uses:
+        Rewriter.erase_op(parameter)
+
+
+def _second_name(source: str, op: CastOp, position: int) -> str:
+    """A stored name for a further encoding of a parameter: that of the module which reads it."""
+    reader = next((u.operation.results[0].name_hint for u in op.result.uses if u.operation.results), None)
+    return f"{reader}.weight" if reader and f"{reader}.weight" != source else f"{source}.as.{position}"

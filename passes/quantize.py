@@ -1,0 +1,155 @@
+"""`quantize`: one rule that gives formats to the operands of the modules it matches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import IntegerAttr, ModuleOp
+from xdsl.ir import Attribute
+from xdsl.passes import ModulePass
+
+from ..dialects.errors import UsageError, did_you_mean
+from ..dialects.formats import Rounding, default_scale_rule
+from ..dialects.formats._format import POWER_OF_TWO_RULES
+from ..dialects.instances import format_of
+from ._sites import Role, Site, sites
+
+CONTRACTIONS = ("linear", "conv", "matmul", "attention", "expert_linear")
+
+
+class RuleError(UsageError):
+    """A rule that has no effect or contradicts itself. `rule` counts the rules from 1 as they ran."""
+
+    def __init__(self, rule: int, message: str):
+        super().__init__(f"rule {rule}: {message}")
+        self.rule, self.message = rule, message
+
+
+@dataclass(frozen=True)
+class Quantize(ModulePass):
+    """Round what the matched operations read; an operation that an earlier rule decided is left as it is.
+
+    Several `quantize` passes in a row are a list of rules, and the first match wins. `match` is the name of a module
+    of the model, a glob, or `re:` and a regular expression that is searched for. `kind` narrows the rule to
+    operations (`linear`, `conv`, `matmul`, `attention`, `expert_linear`; an embedding, which is a look-up and no
+    contraction, only where `kind` names it). A role without a format stays wide, and so does everything that `keep`
+    matches: `keep=f32` leaves it, `keep=bf16` rounds its operands to bf16.
+    Raises `RuleError` where the rule, or one of its formats, changes nothing.
+    """
+
+    name = "quantize"
+
+    match: str = "*"
+    kind: tuple[str, ...] = ()
+    weights: str | None = None
+    activations: str | None = None
+    attention: str | None = None
+    cache: str | None = None
+    keep: str | None = None
+    scale_rule: str | None = None
+    rounding: str = "rne"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        every = sites(op)
+        rule = 1 + max((s.rule or 0 for s in every), default=0)
+        self._check(rule)
+        modules = self._modules(rule, every)
+        chosen = [s for s in modules if s.rule is None]
+        if not chosen:
+            raise RuleError(
+                rule,
+                f"every module that {self.match!r} matches was decided by an earlier rule; remove it or put it first",
+            )
+        formats = self._formats()
+        self._check_scale_rule(rule, formats)
+        for role, format in formats.items():
+            concerned = [s for s in chosen if s.role == role]
+            if not concerned and self.keep is None:
+                raise RuleError(
+                    rule,
+                    f"{role}={format!r} has no effect: none of the modules that {self.match!r} matches has such an operand",
+                )
+            for site in concerned:
+                site.retype(format, Rounding(self._scale_rule(site.layout(format)), self.rounding))
+        for site in chosen:
+            site.operation.attributes["rule"] = IntegerAttr(rule, 64)
+
+    def _formats(self) -> dict[Role, str]:
+        """The cache first: attention's own cast then stands upon it."""
+        if self.keep is not None:
+            return (
+                {}
+                if self.keep == "f32"
+                else {"cache": self.keep, "weight": self.keep, "activation": self.keep, "attention": self.keep}
+            )
+        given: dict[Role, str | None] = {
+            "cache": self.cache,
+            "weight": self.weights,
+            "activation": self.activations,
+            "attention": self.attention,
+        }
+        return {role: format for role, format in given.items() if format is not None}
+
+    def _check(self, rule: int) -> None:
+        if self.keep is not None and any((self.weights, self.activations, self.attention, self.cache)):
+            raise RuleError(rule, "keep= and formats contradict each other; give one or the other")
+        if self.keep is not None and self.keep not in ("f32", "bf16", "f16"):
+            raise RuleError(rule, f"keep={self.keep!r}: a rule keeps f32, bf16 or f16")
+        if not any((self.keep, self.weights, self.activations, self.attention, self.cache)):
+            raise RuleError(rule, "the rule names no format; give weights=, activations=, attention=, cache= or keep=")
+        for kind in self.kind:
+            if kind not in (*CONTRACTIONS, "embedding"):
+                raise RuleError(rule, f"unknown kind {kind!r}{did_you_mean(kind, (*CONTRACTIONS, 'embedding'))}")
+
+    def _scale_rule(self, format: Attribute) -> str | None:
+        """The rule's own where the format has power-of-two scales; other scales have one rule only."""
+        return self.scale_rule if default_scale_rule(format) in POWER_OF_TWO_RULES else None
+
+    def _check_scale_rule(self, rule: int, formats: dict[Role, str]) -> None:
+        if self.scale_rule is None:
+            return
+        if self.scale_rule not in POWER_OF_TWO_RULES:
+            known = ", ".join(POWER_OF_TWO_RULES)
+            raise RuleError(
+                rule,
+                f"unknown scale_rule {self.scale_rule!r}{did_you_mean(self.scale_rule, POWER_OF_TWO_RULES)}; known: {known}",
+            )
+        if not any(self._scale_rule(format_of(format)) for format in formats.values()):
+            raise RuleError(
+                rule,
+                f"scale_rule={self.scale_rule!r} has no effect: none of {', '.join(formats.values()) or 'its formats'} has power-of-two scales",
+            )
+
+    def _modules(self, rule: int, every: list[Site]) -> list[Site]:
+        kinds = self.kind or CONTRACTIONS
+        matched = [s for s in every if s.kind in kinds and matches(self.match, s.module)]
+        if matched:
+            return matched
+        names = {s.module: s.kind for s in every if s.kind in kinds}
+        other = {s.module: s.kind for s in every if matches(self.match, s.module)}
+        hint = did_you_mean(self.match.strip("*."), names)
+        if other:
+            module, kind = next(iter(other.items()))
+            hint = f"; {module} is of kind {kind}: name it with kind={kind}"
+        raise RuleError(rule, f"{self.match!r} matches 0 of {len(names)} modules{hint or nearest(self.match, names)}")
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a rule's pattern (a name, a glob, or `re:` and a regular expression to search for) matches a module."""
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], module) is not None
+        except re.error as error:
+            raise UsageError(f"match {pattern!r} is no regular expression: {error}") from None
+    return fnmatchcase(module, pattern)
+
+
+def nearest(pattern: str, modules: Iterable[str]) -> str:
+    """The module whose last part is that of the pattern: `lm_head` finds `language_model.lm_head`."""
+    last = pattern.strip("*.").rsplit(".", 1)[-1]
+    near = [m for m in modules if m.rsplit(".", 1)[-1] == last and last]
+    return f' (did you mean "{near[0]}"?)' if near else ""
