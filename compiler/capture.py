@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,11 +41,20 @@ def capture(
     shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in wanted.items()}
     with structured(model), _wide(model), torch.no_grad():
         try:
-            program = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
+            program = _export(model, example, shapes)
         except Exception as error:
             raise CaptureError(_explain(error, model)) from error
         _check_dynamic(program, model, wanted)
         return program.run_decompositions({})
+
+
+def _export(model: nn.Module, example: Mapping[str, Tensor], shapes: dict[str, Any]) -> ExportedProgram:
+    import torch
+
+    with warnings.catch_warnings():
+        # torch copies its own pytree specs in a way that it deprecates itself.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
 
 
 def _dynamic_dims(
@@ -111,10 +121,8 @@ def _rebuilt_buffers(model: nn.Module, low: tuple[Any, ...]) -> dict[int, Tensor
     """
     found: dict[int, Tensor] = {}
     for part in model.modules():
-        names = [name for name in part._non_persistent_buffers_set if (part._buffers[name] is not None)]
-        rounded = {
-            name: buffer for name in names if (buffer := part._buffers[name]) is not None and buffer.dtype in low
-        }
+        buffers = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
+        rounded = {name: buffer for name, buffer in buffers.items() if buffer is not None and buffer.dtype in low}
         if rounded and hasattr(part, "config"):
             fresh = type(part)(part.config)
             for name, buffer in rounded.items():

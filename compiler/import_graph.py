@@ -63,13 +63,12 @@ class _Importer:
     def __init__(self, program: ExportedProgram) -> None:
         self.nodes: list[Node] = list(program.graph.nodes)
         self.inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-        self.outputs = program.graph_signature.user_outputs
+        self.outputs = _user_outputs(program)
         self.values: dict[Node, SSAValue | list[SSAValue]] = {}
         self.names: set[str] = set()
 
     def module(self) -> ModuleOp:
-        by_name = {node.name: node for node in self.nodes}
-        results = [by_name[name] for name in self.outputs if isinstance(name, str)]
+        results = self.outputs
         given = [node for node in self.nodes if self._is_input(node)]
         function = FuncOp("forward", ([_type(n.meta["val"]) for n in given], [_type(n.meta["val"]) for n in results]))
         block = function.body.block
@@ -150,7 +149,7 @@ class _Importer:
             for place, value in enumerate(node.args):
                 yield Argument(f"a{place}", value_of(value))
             return
-        for place, argument in enumerate(node.target._schema.arguments):  # pyright: ignore
+        for place, argument in enumerate(_schema(node.target)):
             if argument.name in IGNORED:
                 continue
             given = place < len(node.args) or argument.name in node.kwargs
@@ -178,6 +177,19 @@ class _Importer:
             name = hint_of(f"{path}.{count}")
         self.names.add(name)
         return name
+
+
+def _user_outputs(program: ExportedProgram) -> list[Node]:
+    """What the model returns, tensors and numbers alike, constants left out."""
+    from torch.export.graph_signature import OutputKind
+    from torch.fx import Node
+
+    returned: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    changed = [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
+    if changed:
+        raise MxloomError(f"the model changes its own state while it runs: {', '.join(changed)}; a module cannot")
+    return [node for node, _ in zip(returned, kinds, strict=True) if isinstance(node, Node)]
 
 
 @cache
@@ -225,6 +237,10 @@ def _is_overload(target: Any) -> bool:
     import torch
 
     return isinstance(target, torch._ops.OpOverload)
+
+
+def _schema(target: Any) -> Any:
+    return target._schema.arguments
 
 
 def _target_name(node: Node) -> str:

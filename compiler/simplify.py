@@ -19,6 +19,7 @@ def simplify(program: ExportedProgram) -> ExportedProgram:
     torch_operators.register()
     graph = program.graph
     _drop_valueless(graph)
+    _spell_alike(graph)
     graph.eliminate_dead_code()
     _fuse_rms_norm(graph)
     _fuse_rope(graph)
@@ -40,7 +41,7 @@ def _is(node: Any, *targets: Any) -> bool:
 
 
 def _drop_valueless(graph: Graph) -> None:
-    """Assertions go; copies that keep the type become their input; a view becomes a reshape, for layout is free."""
+    """Assertions go, copies that keep the type become their input: layout is free."""
     aten = _aten()
     assertions = (
         aten._assert_tensor_metadata.default,
@@ -61,13 +62,38 @@ def _drop_valueless(graph: Graph) -> None:
     for node in list(graph.nodes):
         if _is(node, *assertions):
             graph.erase_node(node)
-        elif _is(node, aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-        elif _is(node, aten.bmm.default, aten.mm.default):
-            node.target = aten.matmul.default
         elif _is(node, *copies) or (_is(node, *conversions) and _dtype(node) == _dtype(node.args[0])):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _spell_alike(graph: Graph) -> None:
+    """One operator for what torch has several for; the values are the same to the bit."""
+    aten = _aten()
+    for node in list(graph.nodes):
+        if _is(node, aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+        elif _is(node, aten.bmm.default, aten.mm.default):
+            node.target = aten.matmul.default
+        elif _is(node, aten.chunk.default) and isinstance(size := _chunk_size(node), int):
+            node.target, node.args = aten.split.Tensor, (node.args[0], size, *node.args[2:])
+        elif _is(node, aten._native_batch_norm_legit_no_training.default):
+            _plain_batch_norm(graph, node)
+
+
+def _chunk_size(node: Node) -> Any:
+    """Size of the chunks along the chunked dimension: an int where it is static."""
+    x, chunks, *dim = node.args
+    size = x.meta["val"].shape[dim[0] if dim else 0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    return -(-size // chunks) if isinstance(size, int) else size
+
+
+def _plain_batch_norm(graph: Graph, node: Node) -> None:
+    """Batch norm at inference has three results, two of them empty; use the operator with one."""
+    tensors, (momentum, eps) = node.args[:5], node.args[5:]
+    for user in list(node.users):
+        user.meta = {**node.meta, "val": user.meta["val"]}
+        _replace(graph, user, _aten().batch_norm.default, (*tensors, False, momentum, eps, False))
 
 
 def _dtype(node: Any) -> Any:
@@ -174,10 +200,9 @@ def _is_half(node: Any, x: Any, start: int, end: int) -> bool:
     """Whether the node is x[..., start:end]."""
     if not _is(node, _aten().slice.Tensor) or node.args[0] is not x or len(node.args) < 4:
         return False
-    rank = x.meta["val"].ndim
-    return (
-        node.args[1] % rank == rank - 1 and node.args[2] == start and min(node.args[3], x.meta["val"].shape[-1]) == end
-    )
+    _, dim, first, last = node.args[:4]
+    rank, width = x.meta["val"].ndim, x.meta["val"].shape[-1]
+    return dim % rank == rank - 1 and first == start and min(last, width) == end
 
 
 def _match_half_rope(node: Node) -> tuple[Node, Node, Node] | None:

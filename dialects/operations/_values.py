@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from xdsl.dialects import builtin
-from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntegerAttr, NoneAttr, StringAttr, UnitAttr
+from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntegerAttr, NoneType, StringAttr, UnitAttr
 from xdsl.ir import Attribute, SSAValue, TypeAttribute
 
 from ..errors import MxloomError
@@ -55,7 +55,7 @@ def encode(value: Any, symbols: list[SSAValue] | None = None) -> Attribute:
             symbols.append(value)
             return UnitAttr()
         case None:
-            return NoneAttr()
+            return NoneType()
         case bool():
             return IntegerAttr(int(value), 1)
         case int():
@@ -78,7 +78,7 @@ def decode(attribute: Attribute, symbols: Iterator[SSAValue]) -> Any:
     match attribute:
         case UnitAttr():
             return next(symbols)
-        case NoneAttr():
+        case NoneType():
             return None
         case IntegerAttr():
             number = attribute.value.data
