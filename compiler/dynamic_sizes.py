@@ -1,0 +1,135 @@
+"""Sizes that stay dynamic through capture, and the proof that none was made a constant in silence."""
+
+from __future__ import annotations
+
+import logging
+import re
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import FrameSummary
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+Dims = Mapping[str, Collection[int]]
+
+
+def dynamic_dims(example: Mapping[str, Tensor], dynamic: bool | Dims) -> dict[str, tuple[int, ...]]:
+    """The dimensions of each input that are to stay dynamic.
+
+    True: the batch (0) of every input, and the length (1) of every input of integers or booleans. False: none.
+    """
+    if isinstance(dynamic, Mapping):
+        return {name: tuple(dynamic.get(name, ())) for name in example}
+    if not dynamic:
+        return {name: () for name in example}
+    return {
+        name: (0, 1) if tensor.ndim > 1 and not tensor.is_floating_point() else (0,) if tensor.ndim else ()
+        for name, tensor in example.items()
+    }
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What export has fixed: `rule` in the words of the inputs, and the frame of the model's code that asked for it."""
+
+    rule: str
+    frame: FrameSummary | None
+
+
+def frozen(program: ExportedProgram, wanted: Dims, export_again: Callable[[], object]) -> Frozen | None:
+    """The first dynamic size that became a constant, or the first branch of the model's own code that sizes decided.
+
+    `Dim.AUTO` accepts both without a word. What torch itself asks of sizes (that they fit together) is no branch.
+    `export_again` is run to listen where a constant comes from, in the case that there is one.
+    """
+    import torch
+
+    inputs = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    for name, dims in wanted.items():
+        for dim in dims if isinstance(inputs.get(name), torch.Tensor) else ():
+            size = inputs[name].shape[dim]
+            if not isinstance(size, torch.SymInt):
+                return Frozen(f"dimension {dim} of input {name} became the constant {size}", None)
+            if size.node.expr.is_number:
+                frame = _first_frame(export_again, str(size.node._expr))
+                return Frozen(f"dimension {dim} of input {name} became the constant {int(size)}", frame)
+    return _branch(inputs)
+
+
+def _branch(inputs: Mapping[str, Any]) -> Frozen | None:
+    import torch
+
+    sizes = {
+        str(size.node._expr): f"{name}.shape[{dim}]"
+        for name, tensor in inputs.items()
+        if isinstance(tensor, torch.Tensor)
+        for dim, size in enumerate(tensor.shape)
+        if isinstance(size, torch.SymInt)
+    }
+    environment = next((size.node.shape_env for t in inputs.values() for size in _symbolic(t)), None)
+    for guard in environment.guards if environment is not None else ():
+        frame = guard.sloc.framework_loc
+        if isinstance(frame, FrameSummary) and not is_foreign(frame.filename):
+            rule = re.sub(r"s\d+", lambda found: sizes.get(found[0], found[0]), str(guard.expr))
+            return Frozen(f"the model takes another way where not {rule}", frame)
+    return None
+
+
+def _symbolic(value: Any) -> list[Any]:
+    import torch
+
+    return [size for size in getattr(value, "shape", ()) if isinstance(size, torch.SymInt)]
+
+
+def is_foreign(filename: str) -> bool:
+    """Whether a frame is torch's, Python's or our own, not the model's."""
+    import torch
+
+    folders = (Path(torch.__file__).parent, Path(__file__).parent, Path(traceback.__file__).parent)
+    site = Path(torch.__file__).parent.parent
+    path = Path(filename)
+    own = any(folder in path.parents for folder in folders[:2])
+    return own or filename.startswith("<") or (folders[2] in path.parents and site not in path.parents)
+
+
+def model_frame(stack: traceback.StackSummary) -> FrameSummary | None:
+    """The innermost frame of the model's own code."""
+    frames = [frame for frame in stack if not is_foreign(frame.filename)]
+    return frames[-1] if frames else None
+
+
+def _first_frame(export_again: Callable[[], object], symbol: str) -> FrameSummary | None:
+    """Where the model's code was when torch replaced the symbol by a number: torch logs that as it does it."""
+    with _listening(rf"set_replacement {symbol} = ") as heard:
+        export_again()
+    return heard[0] if heard else None
+
+
+@contextmanager
+def _listening(pattern: str) -> Iterator[list[FrameSummary]]:
+    """Collects the model's frame at each line of torch's log of symbolic shapes that matches."""
+    heard: list[FrameSummary] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if re.match(pattern, record.getMessage()) and (frame := model_frame(traceback.extract_stack())) is not None:
+                heard.append(frame)
+
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    listener, level, propagate = Listener(logging.INFO), logger.level, logger.propagate
+    logger.addHandler(listener)
+    handlers, logger.handlers = logger.handlers, [listener]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield heard
+    finally:
+        logger.handlers = [handler for handler in handlers if handler is not listener]
+        logger.setLevel(level)
+        logger.propagate = propagate
