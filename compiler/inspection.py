@@ -187,8 +187,8 @@ def _folded_groups(groups: dict[str, list[str]]) -> Iterable[str]:
 
 
 def folded(name: str) -> str:
-    """The name with every number in it as `*`: layers that repeat share one spelling."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    """The name with `*` for the numbers of layers, and without what made it unique: layers that repeat are alike."""
+    return re.sub(r"(?<=\.attention)_\d+(?=\.|$)", "", re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name))
 
 
 def aligned(cells: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

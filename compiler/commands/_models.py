@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..compiled import Compiled
 
-ARTEFACT_MARK = "module.mlir"
-
 
 def opened(path: str) -> Compiled:
     """The artefact in the folder `path`, or the model at `path` with every tensor wide."""
-    from ..artefact import load
+    from ..artefact import is_artefact, load
     from ..driver import compile
 
-    return load(path) if (Path(path) / ARTEFACT_MARK).exists() else compile(path)
+    return load(path) if is_artefact(Path(path)) else compile(path)

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ..progress import Progress
 
     recipe = _recipe(args)
+    _check_out(Path(args.out))
     progress = Progress()
     with progress.working(f"compiling {args.model}") as report:
         compiled = compile(args.model, recipe, report=report)
@@ -62,6 +63,14 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     for format in formats.values():
         format_of(format)
     return Recipe.from_dict({"quantize": [formats]})
+
+
+def _check_out(folder: Path) -> None:
+    """Refuse a folder that saving would refuse, before the work and not after it."""
+    from ..artefact import is_artefact
+
+    if folder.exists() and not is_artefact(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--out {folder} is there and was not written by mxloom compile: name a new folder")
 
 
 def _evaluated(compiled: Compiled, recipe: Recipe, progress: Progress) -> Evaluation | None:
