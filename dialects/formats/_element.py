@@ -114,6 +114,10 @@ class Minifloat(Element):
         return 2.0 ** (self.lowest_exponent - self.precision)
 
     @property
+    def has_negative_zero(self) -> bool:
+        return self.semantics.nan_encoding is not FloatNanEncoding.NEGATIVE_ZERO
+
+    @property
     def needs_f64(self) -> bool:
         return self.lowest_exponent - self.precision < -126 or self.precision > 22
 
@@ -140,6 +144,8 @@ class Minifloat(Element):
         values *= (_field(_bias(values.dtype), values.dtype) - step).view(values.dtype)
         values = round_to_integers(values, how)
         values *= step.view(values.dtype)
+        if not self.has_negative_zero:
+            values += 0.0
         return values
 
     def codes(self, values: Tensor) -> Tensor:
@@ -152,7 +158,7 @@ class Minifloat(Element):
         binade = (exponent >> _mantissa_bits(values.dtype)) - (self.lowest_exponent + _bias(values.dtype))
         codes = (binade.to(torch.int32) << self.precision) + significand
         negative = values.signbit()
-        if self.semantics.nan_encoding is FloatNanEncoding.NEGATIVE_ZERO:
+        if not self.has_negative_zero:
             negative &= values != 0
         codes += negative.to(torch.int32) << self.semantics.sign_shift
         codes = codes.masked_fill_(values.isnan(), self.nan_code or 0)

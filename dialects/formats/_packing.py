@@ -49,8 +49,8 @@ def _pack_eights(codes: Tensor, bits: int) -> Tensor:
     import torch
 
     eights = torch.nn.functional.pad(codes.to(torch.int64) & ((1 << bits) - 1), (0, -len(codes) % 8)).reshape(-1, 8)
-    words = eights[:, 0].clone()
-    for place in range(1, 8):
+    words = eights.new_zeros(len(eights))
+    for place in range(8):
         words |= eights[:, place] << (bits * place)
     return words.view(torch.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[: -(-len(codes) * bits // 8)]
 

@@ -96,6 +96,8 @@ def decode(parts: Parts, scaling: Scaling, dtype: torch.dtype) -> Tensor:
 def _round(x: Tensor, scaling: Scaling, how: Rounding, rule: str, given: Given) -> Rounded:
     tiling, element = scaling.tiling, scaling.element
     blocks = tiling.split(x.to(working_dtype(x.dtype, element)))
+    if given and element.nan_code is None and x.isnan().any():
+        raise MxloomError("NaN has no code under given scales: replace it before encoding")
     scales = _accept(given, scaling) if given else _choose(blocks, scaling, how, rule)
     scaled = _divide(blocks, scales, tiling)
     if scales.zeros is None:

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-import mxloom
 import pytest
 import torch
-from mxloom.dialects.formats import Encoded, Rounding, block_impact, encode_tensor, quantize
+
+import mxloom
+from mxloom.dialects.formats import Encoded, MixedType, Rounding, block_impact, encode_tensor, quantize
 from mxloom.dialects.instances import format_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_formats.json").read_text())
@@ -96,6 +97,7 @@ def test_fgmp_policy() -> None:
     golden = GOLDEN["fgmp"]
     w, g = torch.tensor(golden["w"]).reshape(1, 64), torch.tensor(golden["g"]).reshape(1, 64)
     mixed = format_of(FGMP)
+    assert isinstance(mixed, MixedType)
     nvfp4 = mxloom.encode(w, "nvfp4")
     fp8 = mxloom.encode(w, "fp8_e4m3_tensor")
     assert nvfp4.scales is not None and nvfp4.global_scale is not None and fp8.scales is not None
@@ -118,6 +120,7 @@ def test_fgmp_policy() -> None:
 
 def test_fgmp_memory() -> None:
     mixed = format_of(FGMP)
+    assert isinstance(mixed, MixedType)
     for share, saving in GOLDEN["fgmp"]["saving_vs_fp8"].items():
         assert 1 - mixed.bits_at(float(share)) / 8 == pytest.approx(saving)
 
