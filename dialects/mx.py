@@ -29,11 +29,7 @@ def _operations() -> list[type[Operation]]:
 
 
 OPERATIONS = _operations()
-MX = Dialect(
-    "mx",
-    OPERATIONS,
-    [formats.BlockType, formats.FixedType, formats.MinifloatType, formats.TernaryType, formats.MixedType],
-)
+MX = Dialect("mx", OPERATIONS, formats.FAMILIES)
 
 
 def context() -> Context:

@@ -27,8 +27,8 @@ _SCHEMAS = {
     "rms_norm": "(Tensor input, Tensor? weight, float eps, bool unit_offset) -> Tensor",
     "rope": "(Tensor input, Tensor cos, Tensor sin, bool halves) -> Tensor",
     "expert_linear": "(Tensor input, Tensor weight, Tensor index, Tensor? bias, bool transposed) -> Tensor",
-    "quantize": '(Tensor input, str format, str? scale_rule=None, str rounding="rne", float? clip=None, int seed=0) '
-    "-> Tensor",
+    "quantize": '(Tensor input, str format, str? scale_rule=None, str rounding="rne", float? clip=None, int seed=0, '
+    "float? threshold=None) -> Tensor",
 }
 
 _SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -171,12 +171,13 @@ def quantize(
     rounding: str = "rne",
     clip: float | None = None,
     seed: int = 0,
+    threshold: float | None = None,
 ) -> Tensor:
     """The input rounded into a format given by its text."""
     from . import formats
     from .mx import parse_type
 
-    how = formats.Rounding(scale_rule, rounding, clip, seed)
+    how = formats.Rounding(scale_rule, rounding, clip, seed, threshold)
     return formats.quantize(input, parse_type(format), how)
 
 
@@ -187,7 +188,7 @@ def quantize_call(value: Any, element: Attribute, how: Rounding) -> tuple[Callab
 
     if formats.is_wide(element):
         return operator("aten._to_copy.default"), (value,), {"dtype": torch_dtype(element)}
-    arguments = (value, str(element), how.scale_rule, how.rounding, how.clip, how.seed)
+    arguments = (value, str(element), how.scale_rule, how.rounding, how.clip, how.seed, how.threshold)
     return operator("mxloom.quantize.default"), arguments, {}
 
 
@@ -313,4 +314,4 @@ def _expert_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    return gradient, None, None, None, None, None
+    return gradient, None, None, None, None, None, None

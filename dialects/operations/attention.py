@@ -15,10 +15,13 @@ from xdsl.irdl import (
     prop_def,
     result_def,
 )
+from xdsl.utils.exceptions import VerifyException
 
+from .. import formats
+from ..errors import UsageError
 from ._shapes import Shape, ShapeOf, fits, same, shape_of, text
 from ._torch_operation import Aten, TorchOperation
-from .cast import check_rounding
+from .cast import check_rule
 from .contraction import Contraction, Reduced
 
 
@@ -76,7 +79,18 @@ class AttentionOp(Contraction):
             self.require(
                 fits(query[1:2], got), f"sinks must hold one number a head {text(query[1:2])}, got {text(got)}"
             )
-        check_rounding(self, self.scale_rule, self.rounding)
+        self._check_probabilities()
+
+    def _check_probabilities(self) -> None:
+        rule = self.scale_rule.data if self.scale_rule is not None else None
+        try:
+            formats.Rounding(scale_rule=rule, rounding=self.rounding.data if self.rounding is not None else "rne")
+        except UsageError as error:
+            raise VerifyException(f"{self.name}: {error}") from None
+        if self.probabilities is not None:
+            check_rule(self, self.probabilities, rule)
+            rows = (*shape_of(self.query)[:3], shape_of(self.key)[2])
+            formats.verify_tensor(TensorType(self.probabilities, rows))
 
     def result_shape(self) -> Shape:
         return (*shape_of(self.query)[:3], shape_of(self.value)[3])

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType
+from xdsl.ir import Attribute
 from xdsl.irdl import ParsePropInAttrDict, irdl_op_definition, operand_def, opt_prop_def, result_def
 from xdsl.utils.exceptions import VerifyException
 
-from ..errors import did_you_mean
-from ..formats import ROUNDINGS, SCALE_RULES
+from .. import formats
+from ..errors import UsageError
 from ._operation import Call, Operation
 from ._shapes import Shape, element_of, shape_of
-
-if TYPE_CHECKING:
-    from ..formats import Rounding
 
 
 @irdl_op_definition
 class CastOp(Operation):
     """Round a tensor into the format of the result; the only operation that only rounds.
 
-    `clip` scales the largest value of each block before the scale is chosen, `seed` starts stochastic rounding.
+    `clip` is the part of each block's largest magnitude that its scale is made for, `seed` starts stochastic rounding,
+    `threshold` decides for each block of a mixed format.
     """
 
     name = "mx.cast"
@@ -32,29 +29,30 @@ class CastOp(Operation):
     rounding = opt_prop_def(StringAttr)
     clip = opt_prop_def(FloatAttr)
     seed = opt_prop_def(IntegerAttr)
+    threshold = opt_prop_def(FloatAttr)
 
     irdl_options = (ParsePropInAttrDict(),)
     assembly_format = "$input attr-dict `:` type($input) `to` type($result)"
 
-    def how(self) -> Rounding:
-        """The rounding that the properties state."""
-        from ..formats import Rounding
-
-        return Rounding(
+    def how(self) -> formats.Rounding:
+        """The rounding that the properties state. Raises UsageError for a rule or rounding that nobody knows."""
+        return formats.Rounding(
             scale_rule=self.scale_rule.data if self.scale_rule else None,
             rounding=self.rounding.data if self.rounding else "rne",
             clip=self.clip.value.data if self.clip else None,
             seed=self.seed.value.data if self.seed else 0,
+            threshold=self.threshold.value.data if self.threshold else None,
         )
 
     def result_shape(self) -> Shape:
         return shape_of(self.input)
 
     def check(self) -> None:
-        check_rounding(self, self.scale_rule, self.rounding)
-        self.require(
-            self.clip is None or self.clip.value.data > 0, "clip must be a positive factor of the largest value"
-        )
+        try:
+            how = self.how()
+        except UsageError as error:
+            raise VerifyException(f"{self.name}: {error}") from None
+        check_rule(self, element_of(self.result), how.scale_rule)
 
     def call(self) -> Call:
         from ..torch_operators import quantize_call
@@ -62,9 +60,8 @@ class CastOp(Operation):
         return Call(*quantize_call(self.input, element_of(self.result), self.how()))
 
 
-def check_rounding(op: Operation, scale_rule: StringAttr | None, rounding: StringAttr | None) -> None:
-    """Raise VerifyException where an operation names a scale rule or a rounding that nobody knows."""
-    for word, kind, known in ((scale_rule, "scale rule", SCALE_RULES), (rounding, "rounding", ROUNDINGS)):
-        if word is not None and word.data not in known:
-            hint = did_you_mean(word.data, known)
-            raise VerifyException(f'{op.name}: unknown {kind} "{word.data}"{hint}; known: {", ".join(known)}')
+def check_rule(op: Operation, element: Attribute, rule: str | None) -> None:
+    """Raise VerifyException where a format of blocks has no such scale rule."""
+    if rule is not None and isinstance(element, formats.BlockType):
+        fitting = element.scale_rules()
+        op.require(rule in fitting, f'scale rule "{rule}" does not fit {element}; it takes {" or ".join(fitting)}')
