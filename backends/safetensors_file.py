@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..dialects.errors import MxloomError
 
@@ -225,3 +225,36 @@ def _check_ranges(path: Path, entries: dict[str, Entry], available: int) -> None
         position, before = entry.end, f"tensor {name!r}"
     if position != available:
         raise _broken(path, f"{available - position} bytes follow {before}")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors one after the other; no more than one is held in memory beside what the mapping holds.
+
+    Ordered by item size, then by name, so that every tensor is aligned and equal weights give equal bytes.
+    """
+    import torch
+
+    names = {getattr(torch, torch_name): name for name, (torch_name, _) in _DTYPES.items()}
+    header: dict[str, Any] = {}
+    position = 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in names:
+            raise MxloomError(f"{name}: a safetensors file cannot hold {tensor.dtype}.")
+        end = position + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            _write_bytes(file, tensors[name])
+
+
+def _write_bytes(file: BinaryIO, tensor: Tensor) -> None:
+    import torch
+
+    if tensor.numel():
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

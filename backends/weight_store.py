@@ -55,6 +55,7 @@ class WeightStore(Mapping[str, "Tensor"]):
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor | _Stored] = {}
         self._aliases: dict[str, str] = {}
+        self._formats: dict[str, tuple[TypeAttribute, tuple[int, ...]]] = {}
 
     @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> WeightStore:
@@ -84,6 +85,13 @@ class WeightStore(Mapping[str, "Tensor"]):
                 if name not in file:
                     raise MxloomError(f"{path}: tensor {name!r} is missing, though the shard index says it is here.")
                 store._tensors[name] = _Stored(file, name)
+        return store
+
+    @classmethod
+    def from_file(cls, path: Path) -> WeightStore:
+        """Every tensor of one safetensors file, memory-mapped."""
+        store, file = cls(), SafetensorsFile(path)
+        store._tensors.update({name: _Stored(file, name) for name in file})
         return store
 
     def __getitem__(self, name: str) -> Tensor:
@@ -127,11 +135,13 @@ class WeightStore(Mapping[str, "Tensor"]):
     def wide(self, name: str) -> Tensor:
         """The values in f32 (integers and booleans as they are): what a parameter of a wide type means.
 
-        They lie as torch would allocate them: a matrix product may sum in another order, and so end in another last
-        bit, where its operands are not aligned, as in a memory-mapped file.
+        An encoded tensor is decoded. Values lie as torch would allocate them: a matrix product may sum in another
+        order, and so end in another last bit, where its operands are not aligned, as in a memory-mapped file.
         """
         import torch
 
+        if name not in self and name in self._formats:
+            return self.encoded(name, *self._formats[name]).decode()
         tensor = self[name]
         tensor = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
         return tensor if tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
@@ -160,12 +170,24 @@ class WeightStore(Mapping[str, "Tensor"]):
         self._tensors[name] = tensor
 
     def put_encoded(self, name: str, encoded: Encoded) -> None:
-        """Store codes and scales of `name` in place of its values."""
+        """Store codes and scales of `name` in place of its values; other names of these keep them."""
         for part in PARTS:
             self.discard(f"{name}.{part}")
         for part, tensor in encoded.tensors().items():
             self.put(f"{name}.{part}", tensor)
         self.discard(name)
+        self.declare(name, encoded.format, encoded.shape)
+
+    def declare(self, name: str, format: TypeAttribute, shape: tuple[int, ...]) -> None:
+        """Say that the parts stored for `name` are a tensor of `shape` in `format`; MxloomError if they cannot be."""
+        from ..dialects.formats import storage_bits
+
+        if not self.parts(name):
+            raise MxloomError(f"{name}: no codes are stored for it, though it is typed {format}.")
+        stored, needed = sum(self.stored_bits(part) for part in self.parts(name).values()), storage_bits(format, shape)
+        if stored != needed:
+            raise MxloomError(f"{name}: {stored} bits are stored; {list(shape)} in {format} takes {needed}.")
+        self._formats[name] = (format, tuple(shape))
 
     def discard(self, name: str) -> None:
         """Forget `name`; other names of the same tensor keep it."""
@@ -185,6 +207,7 @@ class WeightStore(Mapping[str, "Tensor"]):
             self.discard(name)
             for part, stored in parts.items():
                 self.alias(f"{name}.{part}", stored)
+            self._formats[name] = self._formats[target]
             return
         self._entry(target)
         if self.canonical(target) != self.canonical(name):
@@ -195,6 +218,7 @@ class WeightStore(Mapping[str, "Tensor"]):
         """A store that may change on its own; the tensors are shared."""
         other = WeightStore()
         other._tensors, other._aliases = dict(self._tensors), dict(self._aliases)
+        other._formats = dict(self._formats)
         return other
 
     def renamed(self, names: Mapping[str, str]) -> WeightStore:
@@ -221,6 +245,18 @@ class WeightStore(Mapping[str, "Tensor"]):
                     f"{name}: {bad} of {tensor.numel()} values are NaN or infinite. "
                     "No format can carry them; mend the checkpoint first."
                 )
+
+    def check_scales(self) -> None:
+        """MxloomError names the first encoded tensor with a scale that is NaN or infinite, which no reader survives."""
+        for name in self._formats:
+            for part in {"scales", "global_scale"} & self.parts(name).keys():
+                scales = self[f"{name}.{part}"]
+                bad = scales.numel() - int(scales.float().isfinite().sum())
+                if bad:
+                    raise MxloomError(
+                        f"{name}: {bad} of {scales.numel()} {part.replace('_', ' ')} values are NaN or infinite; "
+                        "it is not written. Its values, or the pass that made its scales, are at fault."
+                    )
 
     def _entry(self, name: str) -> Tensor | _Stored:
         try:
