@@ -14,11 +14,20 @@ SIZE_LIMIT = 1 << 20
 DEPTH_LIMIT = 16
 """Lists and mappings inside each other."""
 
+VALUES_LIMIT = 10_000
+"""Values of a recipe, lists and mappings among them."""
+
 Where = tuple[str | int, ...]
 """The way to a value: keys and list positions, from the outside."""
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
+_SCALARS = yaml.SafeLoader("")
+_PLAIN = {
+    "tag:yaml.org,2002:null": _SCALARS.construct_yaml_null,
+    "tag:yaml.org,2002:bool": _SCALARS.construct_yaml_bool,
+    "tag:yaml.org,2002:int": _SCALARS.construct_yaml_int,
+    "tag:yaml.org,2002:float": _SCALARS.construct_yaml_float,
+}
 
 
 @dataclass
@@ -26,7 +35,8 @@ class Reader:
     """Reads YAML text into plain values and notes the line (from 1) of every key and list item in `lines`.
 
     Refused with UsageError, naming file and line: text that is no YAML, more than one document, a key twice in one
-    mapping, anchors and aliases (they make a small file large), tags, keys that are not text, deep nesting.
+    mapping, anchors and aliases (they make a small file large), tags, keys that are not text, deep nesting, and too
+    many values.
     """
 
     name: str
@@ -61,6 +71,8 @@ class Reader:
             raise self._error(event, f"tags ({event.tag}) are not allowed in a recipe")
         if len(where) > DEPTH_LIMIT:
             raise self._error(event, f"nested deeper than {DEPTH_LIMIT} levels")
+        if len(self.lines) >= VALUES_LIMIT:
+            raise self._error(event, f"a recipe has at most {VALUES_LIMIT} values")
         self.lines.setdefault(where, event.start_mark.line + 1)
         if isinstance(event, yaml.MappingStartEvent):
             return self._mapping(events, where)
@@ -90,11 +102,11 @@ class Reader:
         """Null, booleans and numbers as YAML's safe schema reads them; everything else, dates too, is text."""
         if not event.implicit[0]:
             return event.value
-        tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, event.value, (True, False))
+        tag = _SCALARS.resolve(yaml.ScalarNode, event.value, (True, False))
         if tag not in _PLAIN:
             return event.value
         try:
-            return yaml.SafeLoader("").construct_object(yaml.ScalarNode(tag, event.value))
+            return _PLAIN[tag](yaml.ScalarNode(tag, event.value))
         except ValueError as error:
             raise self._error(event, f"{event.value[:20]!r} is no number that can be read") from error
 

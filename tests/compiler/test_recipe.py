@@ -145,6 +145,7 @@ def test_several_faults_come_in_the_order_of_the_file() -> None:
         ("version: " + "9" * 5000, "is no number that can be read"),
         ("version: " + "[" * 100_000, "r.yaml:1: "),
         ("version: 1\nquantize: " + "[" * 50 + "]" * 50, "r.yaml:2: "),
+        ("version: 1\nquantize:\n" + "- {weights: 3}\n" * 50_000, "r.yaml:5001: a recipe has at most 10000 values"),
         ("version: 1 #" + "x" * SIZE_LIMIT, "at most 1048576 bytes"),
     ],
 )
@@ -152,13 +153,6 @@ def test_hostile_text_is_refused_at_once(text: str, expected: str) -> None:
     start = time.monotonic()
     assert expected in message(text)
     assert time.monotonic() - start < 1
-
-
-def test_a_large_recipe_of_small_faults_is_refused_in_time() -> None:
-    start = time.monotonic()
-    text = "version: 1\nquantize:\n" + "- {weights: 3}\n" * (SIZE_LIMIT // 16)
-    assert "more" in message(text)
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("content", [None, b"version: \xff"])
