@@ -1,4 +1,4 @@
-"""The cost model's ground: parameters, bits, bytes, multiply-accumulates and memory traffic, per operation and in total."""
+"""The cost model's ground: bits, bytes, MACs and memory traffic, for each operation and in total."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ class Cost:
     @property
     def weight_bits(self) -> float:
         """Average bits of a stored parameter: scales, zero points, metadata and padding included, wide ones too."""
-        return _ratio(sum(t.bits for t in self.tensors), self.parameters)
+        return ratio(sum(t.bits for t in self.tensors), self.parameters)
 
     @property
     def quantized_weight_bits(self) -> float:
         """The same average over the parameters that are stored in a narrow format alone; 0 where there is none."""
         narrow = [t for t in self.tensors if t.format not in _WIDE]
-        return _ratio(sum(t.bits for t in narrow), sum(t.elements for t in narrow))
+        return ratio(sum(t.bits for t in narrow), sum(t.elements for t in narrow))
 
     @property
     def activation_bits(self) -> float:
         """Average bits of an element that a contraction reads and that is no weight."""
-        return _ratio(
+        return ratio(
             sum(c.activation_bits for c in self.contractions), sum(c.activation_elements for c in self.contractions)
         )
 
@@ -135,39 +135,6 @@ class Cost:
         }
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """Shares between 0 and 1: `macs` by the formats of the operands, `bytes` and `elements` by stored format.
-
-    `quantized_macs` is the share of MACs all of whose operands are narrow, `weights_only_macs` that of those whose
-    weight alone is. `wide` lists each operand that stayed wide: its name, its share of MACs, and why.
-    """
-
-    macs: dict[str, float]
-    bytes: dict[str, float]
-    elements: dict[str, float]
-    quantized_macs: float
-    weights_only_macs: float
-    wide: tuple[tuple[str, float, str], ...]
-    opaque: tuple[str, ...]
-
-    def summary(self) -> str:
-        by_format = ", ".join(f"{name} {share:.1%}" for name, share in sorted(self.macs.items(), key=lambda kv: -kv[1]))
-        kept = [f"{name} ({share:.1%} of MACs: {why})" for name, share, why in self.wide if share >= 0.005]
-        rest = len(self.wide) - len(kept)
-        lines = [f"{self.quantized_macs:.1%} of MACs quantized: {by_format}"]
-        if kept or rest:
-            lines.append(
-                "kept wide: "
-                + "; ".join(kept[:8])
-                + (f"; and {len(kept) - 8 + rest} more" if len(kept) > 8 or rest else "")
-            )
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 _WIDE = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "i1", "index")
 
 
@@ -189,24 +156,6 @@ def stored_tensors(module: ModuleOp, weights: WeightStore) -> Iterator[Tensor]:
                 continue
             seen.add((op.source.data, format))
             yield _tensor(op, format, weights)
-
-
-def coverage(module: ModuleOp, weights: WeightStore, sizes: Sequence[tuple[int, ...]]) -> Coverage:
-    """Which share of MACs and bytes has which format, what stayed wide, and why."""
-    total = cost(module, weights, sizes)
-    macs, bytes, elements = dict[str, float](), dict[str, float](), dict[str, float]()
-    for c in total.contractions:
-        macs[c.formats] = macs.get(c.formats, 0.0) + _ratio(c.macs, total.macs)
-    for t in total.tensors:
-        bytes[t.format] = bytes.get(t.format, 0.0) + _ratio(t.bytes, total.bytes)
-        elements[t.format] = elements.get(t.format, 0.0) + _ratio(t.elements, total.parameters)
-    full = sum(c.macs for c in total.contractions if not c.wide)
-    weights_only = sum(
-        c.macs for c in total.contractions if c.wide and "weight" in c.operands and "weight" not in c.wide
-    )
-    wide = tuple((f"{c.name}.{o}", _ratio(c.macs, total.macs), c.why) for c in total.contractions for o in c.wide)
-    opaque = tuple(op.target.data for op in module.walk() if op.name == "mx.aten")  # pyright: ignore[reportAttributeAccessIssue]
-    return Coverage(macs, bytes, elements, _ratio(full, total.macs), _ratio(weights_only, total.macs), wide, opaque)
 
 
 def _stored_formats(op: ParameterOp) -> list[Attribute | None]:
@@ -271,5 +220,5 @@ def _is_weight(value: SSAValue) -> bool:
     return isinstance(value.owner, Operation) and isinstance(value.owner, ParameterOp)
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0

@@ -1,4 +1,4 @@
-"""The `emulate` backend: a typed module as an FX graph that runs on torch tensors with the exact numerics of the types."""
+"""The `emulate` backend: a typed module as an FX graph that runs on torch tensors with the numerics of its types."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Emulate(Target):
     name = "emulate"
 
     def emit(self, ctx: Context, module: ModuleOp, output: IO[str]) -> None:
-        constants = {v: _unknown(v) for op in body(module).ops for v in op.results if _is_constant(v)}
+        constants: dict[SSAValue, Tensor] = {
+            v: _unknown(v) for op in body(module).ops for v in op.results if _is_constant(v)
+        }
         output.write(_emulation(module, constants).code)
 
 
@@ -65,6 +67,7 @@ class _Emitter:
         self.root: nn.Module = nn.Module()
         self.graph: Graph = Graph()
         self.nodes: dict[SSAValue, Node] = {}
+        self.held: dict[tuple[SSAValue, Any], Node] = {}
 
     def graph_of(self) -> Graph:
         for argument in self.block.args:
@@ -100,19 +103,21 @@ class _Emitter:
     def _fill(self, template: Any, dtype: Attribute | None) -> Any:
         match template:
             case SSAValue():
-                return self._converted(self._node(template), template, dtype)
+                return self._operand(template, dtype)
             case tuple() | list():
                 return type(template)(self._fill(item, dtype) for item in template)
             case dict():
                 return {name: self._fill(item, dtype) for name, item in template.items()}
         return template
 
-    def _converted(self, node: Node, value: SSAValue, dtype: Attribute | None) -> Node:
+    def _operand(self, value: SSAValue, dtype: Attribute | None) -> Node:
+        """A value as the call reads it: as `dtype` where that is given and the value is a float tensor of another."""
         if dtype is None or not isinstance(value.type, TensorType):
-            return node
-        held = torch_dtype(element_of(value))
-        wanted = torch_dtype(dtype)
-        return node if not held.is_floating_point or held == wanted else self._to(node, wanted)
+            return self._node(value)
+        held, wanted = torch_dtype(element_of(value)), torch_dtype(dtype)
+        if not held.is_floating_point or held == wanted:
+            return self._node(value)
+        return self._node(value, wanted) if value in self.constants else self._to(self._node(value), wanted)
 
     def _rounded(self, node: Node, type: Attribute, call: Call) -> Node:
         """The interpreter's rule: a result is rounded once into its type."""
@@ -131,12 +136,15 @@ class _Emitter:
     def _to(self, node: Node, dtype: Any) -> Node:
         return self.graph.call_function(operator("aten._to_copy.default"), (node,), {"dtype": dtype})
 
-    def _node(self, value: SSAValue) -> Node:
-        if value not in self.nodes:
-            name = _attribute_path(value)
-            _register(self.root, name, self.constants[value])
-            self.nodes[value] = self.graph.get_attr(name)
-        return self.nodes[value]
+    def _node(self, value: SSAValue, dtype: Any = None) -> Node:
+        """The node of a value; that of a constant is made when it is first read, in `dtype` where that is given."""
+        if value not in self.constants:
+            return self.nodes[value]
+        if (value, dtype) not in self.held:
+            name = _attribute_path(value) + (f"_as_{dtype}".replace("torch.", "") if dtype else "")
+            _register(self.root, name, self.constants[value].to(dtype) if dtype else self.constants[value])
+            self.held[value, dtype] = self.graph.get_attr(name)
+        return self.held[value, dtype]
 
 
 def _is_constant(value: SSAValue) -> bool:

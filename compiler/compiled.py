@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
 from xdsl.dialects.func import FuncOp
 
-from ..backends.cost import Cost, Coverage, cost, coverage
+from ..backends.cost import Cost, cost
+from ..backends.coverage import Coverage, coverage
 from ..backends.weight_store import WeightStore
 from ..dialects.errors import UsageError
 from ..dialects.operations._shapes import UNKNOWN, shape_of
@@ -100,7 +101,7 @@ class Compiled:
         return [tuple(f if d == UNKNOWN else d for d, f in zip(shape, fill, strict=False)) for shape in shapes]
 
     def packed(self) -> tuple[ModuleOp, WeightStore]:
-        """The module with every quantized weight folded into a parameter of its format, and the store that holds them."""
+        """The module with each quantized weight as a parameter of its format, and the store that holds it."""
         from ..passes._context import CompileContext
         from ..passes.pack import Pack
 

@@ -1,12 +1,12 @@
-"""`Compiled.to_hf()`: the typed module's numerics inside the Hugging Face model, so that `generate()` and its cache work."""
+"""`Compiled.to_hf()`: the numerics of a typed module inside its Hugging Face model, `generate()` and cache included."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from xdsl.ir import Attribute, Operation, SSAValue
+from xdsl.ir import Attribute, Operation, SSAValue, TypeAttribute
 
 from ..dialects.errors import MxloomError
 from ..dialects.formats import Rounding, is_wide
@@ -31,7 +31,7 @@ def to_hf(compiled: Compiled) -> Any:
     Each linear, convolution and embedding gets its rounded weight and rounds its input; attention rounds its operands
     behind the cache. Raises MxloomError, naming the operation, where a cast belongs to no module of the model.
     """
-    model = compiled.source.loaded()
+    model: Any = compiled.source.loaded()
     if not hasattr(model, "set_attn_implementation"):
         raise MxloomError(f"{compiled.source.name} is no Hugging Face model; call the compiled model itself")
     register()
@@ -107,11 +107,12 @@ def _submodule(model: nn.Module, name: str, compiled: Compiled, *, attention: bo
             return module
         break
     raise MxloomError(
-        f"%{name} is no module of {compiled.source.name}, so no Hugging Face model can round as it does; run the compiled model itself"
+        f"%{name} is no module of {compiled.source.name}, so no Hugging Face model can round as it does; "
+        "run the compiled model itself"
     )
 
 
-def _set_weight(module: nn.Module, op: Operation, compiled: Compiled) -> None:
+def _set_weight(module: nn.Module, op: Any, compiled: Compiled) -> None:
     import torch
 
     value = op.weight
@@ -120,7 +121,7 @@ def _set_weight(module: nn.Module, op: Operation, compiled: Compiled) -> None:
     if not isinstance(base.owner, ParameterOp):
         raise MxloomError(f"the weight of %{module_name(op)} is computed in the model and cannot be replaced")
     parameter = base.owner
-    format = parameter.result.type.element_type
+    format = cast(TypeAttribute, parameter.result.type.element_type)
     name = parameter.source.data
     if is_wide(format):
         weight = held.wide(name)
@@ -130,7 +131,7 @@ def _set_weight(module: nn.Module, op: Operation, compiled: Compiled) -> None:
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def _round_input(module: nn.Module, rounding: Round) -> None:
+def _round_input(module: Any, rounding: Round) -> None:
     module.__class__ = _emulated(type(module))
     module.round_input = rounding
 
@@ -147,7 +148,7 @@ def _emulated(kind: type[nn.Module]) -> type[nn.Module]:
     )
 
 
-def _attention(op: AttentionOp, module: nn.Module, casts: dict[str, list[CastOp]]) -> None:
+def _attention(op: AttentionOp, module: Any, casts: dict[str, list[CastOp]]) -> None:
     """Leave the formats with the attention module, where the attention interface finds them."""
     rounding: dict[str, Any] = {name: _rounding(chain) for name, chain in casts.items() if chain}
     if op.probabilities is not None:
@@ -156,7 +157,7 @@ def _attention(op: AttentionOp, module: nn.Module, casts: dict[str, list[CastOp]
             "scale_rule": op.scale_rule.data if op.scale_rule else None,
             "rounding": op.rounding.data if op.rounding else "rne",
         }
-    module.mxloom_attention = rounding  # pyright: ignore[reportAttributeAccessIssue]
+    module.mxloom_attention = rounding
 
 
 def _untie(model: nn.Module) -> None:

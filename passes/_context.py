@@ -22,6 +22,7 @@ def weights_of(ctx: Context, pass_name: str) -> WeightStore:
     weights = getattr(ctx, "weights", None)
     if weights is None:
         raise UsageError(
-            f"the pass {pass_name!r} reads weights, and there are none here: run it through `mxloom compile`, which opens the model"
+            f"the pass {pass_name!r} reads weights, and there are none here: "
+            "run it through `mxloom compile`, which opens the model"
         )
     return weights

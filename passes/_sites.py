@@ -12,7 +12,7 @@ from xdsl.rewriter import InsertPoint, Rewriter
 
 from ..dialects.formats import Rounding, default_scale_rule, is_wide
 from ..dialects.instances import format_of, name_of
-from ..dialects.operations._values import path_of
+from ..dialects.operations._values import hint_of, path_of
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import Contraction, EmbeddingOp
@@ -72,7 +72,7 @@ class Site:
 
     @property
     def group(self) -> str:
-        """Sites of one decision: what reads one value (q, k and v; gate and up), with the weights that meet it there."""
+        """Sites of one decision: what reads one value (q, k and v; gate and up), and the weights that meet it there."""
         if self.role == "weight" and not isinstance(self.operation, EmbeddingOp):
             others = [s for s in sites_of(self.operation) if s.role == "activation"]
             return f"weights of {others[0].group}" if others else self.name
@@ -109,7 +109,7 @@ class Site:
         return format_of(format, rank=len(self.shape), dims=self._reduced())
 
     def retype(self, format: str, how: Rounding | None = None) -> None:
-        """Round this operand into `format`: one cast for each value, format and way of rounding, shared by its readers."""
+        """Round this operand into `format`; readers of one value that round it alike share one cast."""
         type, how = self.layout(format), how or Rounding()
         how = Rounding(how.scale_rule or default_scale_rule(type), how.rounding, how.clip, how.seed)
         if self.is_probabilities:
@@ -239,7 +239,7 @@ def _cast_of(value: SSAValue, format: Attribute, how: Rounding, *, cache: bool =
     )
     if cache:
         new.attributes["cache"] = UnitAttr()
-    new.result.name_hint = f"{value.name_hint}.{name_of(format)}" if value.name_hint else None
+    new.result.name_hint = hint_of(f"{value.name_hint}.{name_of(format)}") if value.name_hint else None
     where = InsertPoint.at_start(value.owner) if isinstance(value.owner, Block) else InsertPoint.after(value.owner)
     Rewriter.insert_op(new, where)
     return new.result

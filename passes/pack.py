@@ -7,6 +7,7 @@ from typing import cast
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, StringAttr, TensorType
+from xdsl.ir import TypeAttribute
 from xdsl.passes import ModulePass
 from xdsl.rewriter import InsertPoint, Rewriter
 
@@ -41,7 +42,7 @@ def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
     free = {source} if len(casts) == len(list(parameter.result.uses)) else set[str]()
     # Encoded before anything is put into the store: the first encoding may take the wide tensor's name.
     encoded = [
-        encode_tensor(weights.wide(source), cast(TensorType, c.result.type).element_type, c.how()) for c in casts
+        encode_tensor(weights.wide(source), cast(TypeAttribute, c.result.type.element_type), c.how()) for c in casts
     ]
     for position, (op, value) in enumerate(zip(casts, encoded, strict=True)):
         name = free.pop() if free else _second_name(source, op, position)

@@ -69,10 +69,8 @@ class Quantize(ModulePass):
         for role, format in formats.items():
             concerned = [s for s in chosen if s.role == role]
             if not concerned and self.keep is None:
-                raise RuleError(
-                    rule,
-                    f"{role}={format!r} has no effect: none of the modules that {self.match!r} matches has such an operand",
-                )
+                what = f"{role}={format!r} has no effect"
+                raise RuleError(rule, f"{what}: none of the modules that {self.match!r} matches has such an operand")
             for site in concerned:
                 site.retype(format, Rounding(self._scale_rule(site.layout(format)), self.rounding))
         for site in chosen:
@@ -113,16 +111,12 @@ class Quantize(ModulePass):
         if self.scale_rule is None:
             return
         if self.scale_rule not in POWER_OF_TWO_RULES:
-            known = ", ".join(POWER_OF_TWO_RULES)
-            raise RuleError(
-                rule,
-                f"unknown scale_rule {self.scale_rule!r}{did_you_mean(self.scale_rule, POWER_OF_TWO_RULES)}; known: {known}",
-            )
+            hint, known = did_you_mean(self.scale_rule, POWER_OF_TWO_RULES), ", ".join(POWER_OF_TWO_RULES)
+            raise RuleError(rule, f"unknown scale_rule {self.scale_rule!r}{hint}; known: {known}")
         if not any(self._scale_rule(format_of(format)) for format in formats.values()):
-            raise RuleError(
-                rule,
-                f"scale_rule={self.scale_rule!r} has no effect: none of {', '.join(formats.values()) or 'its formats'} has power-of-two scales",
-            )
+            given = ", ".join(formats.values()) or "its formats"
+            what = f"scale_rule={self.scale_rule!r} has no effect"
+            raise RuleError(rule, f"{what}: none of {given} has power-of-two scales")
 
     def _modules(self, rule: int, every: list[Site]) -> list[Site]:
         kinds = self.kind or CONTRACTIONS

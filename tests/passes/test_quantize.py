@@ -1,6 +1,7 @@
 """`quantize`: first match wins, one cast for each value and format, nothing without effect."""
 
 import pytest
+
 from mxloom.dialects.mx import context, parse_module
 from mxloom.passes._sites import sites
 from mxloom.passes.quantize import Quantize, RuleError
@@ -21,9 +22,11 @@ func.func @forward(%x: tensor<?x?x64xf32>, %ids: tensor<?x?xi64>) -> tensor<?x?x
 """
 
 ATTENTION = """
-func.func @forward(%q: tensor<1x4x?x32xf32>, %k: tensor<1x2x?x32xf32>, %v: tensor<1x2x?x32xf32>) -> tensor<1x4x?x32xf32> {
-  %attn = mx.attention %q, %k, %v, scale = 0.25, causal : (tensor<1x4x?x32xf32>, tensor<1x2x?x32xf32>, tensor<1x2x?x32xf32>) -> tensor<1x4x?x32xf32>
-  func.return %attn : tensor<1x4x?x32xf32>
+!query = tensor<1x4x?x32xf32>
+!key = tensor<1x2x?x32xf32>
+func.func @forward(%q: !query, %k: !key, %v: !key) -> !query {
+  %attn = mx.attention %q, %k, %v, scale = 0.25, causal : (!query, !key, !key) -> !query
+  func.return %attn : !query
 }
 """
 

@@ -1,0 +1,65 @@
+"""Coverage: which share of MACs and bytes has which format, what stayed wide, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from xdsl.dialects.builtin import ModuleOp
+
+from ..dialects.operations._values import path_of
+from ..dialects.operations.opaque import AtenOp
+from .cost import cost, ratio
+from .weight_store import WeightStore
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Shares between 0 and 1: `macs` by the formats of the operands, `bytes` and `elements` by stored format.
+
+    `quantized_macs` is the share of MACs all of whose operands are narrow, `weights_only_macs` that of those whose
+    weight alone is. `wide` lists each operand that stayed wide: its name, its share of MACs, and why.
+    """
+
+    macs: dict[str, float]
+    bytes: dict[str, float]
+    elements: dict[str, float]
+    quantized_macs: float
+    weights_only_macs: float
+    wide: tuple[tuple[str, float, str], ...]
+    opaque: tuple[str, ...]
+
+    def summary(self) -> str:
+        by_format = ", ".join(f"{name} {share:.1%}" for name, share in sorted(self.macs.items(), key=lambda kv: -kv[1]))
+        kept = [f"{name} ({share:.1%} of MACs: {why})" for name, share, why in self.wide if share >= 0.005]
+        rest = len(self.wide) - len(kept)
+        lines = [f"{self.quantized_macs:.1%} of MACs quantized: {by_format}"]
+        if kept or rest:
+            lines.append(
+                "kept wide: "
+                + "; ".join(kept[:8])
+                + (f"; and {len(kept) - 8 + rest} more" if len(kept) > 8 or rest else "")
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def coverage(module: ModuleOp, weights: WeightStore, sizes: Sequence[tuple[int, ...]]) -> Coverage:
+    """Which share of MACs and bytes has which format, what stayed wide, and why."""
+    total = cost(module, weights, sizes)
+    macs, bytes, elements = dict[str, float](), dict[str, float](), dict[str, float]()
+    for c in total.contractions:
+        macs[c.formats] = macs.get(c.formats, 0.0) + ratio(c.macs, total.macs)
+    for t in total.tensors:
+        bytes[t.format] = bytes.get(t.format, 0.0) + ratio(t.bytes, total.bytes)
+        elements[t.format] = elements.get(t.format, 0.0) + ratio(t.elements, total.parameters)
+    full = sum(c.macs for c in total.contractions if not c.wide)
+    weights_only = sum(
+        c.macs for c in total.contractions if c.wide and "weight" in c.operands and "weight" not in c.wide
+    )
+    wide = tuple((f"{c.name}.{o}", ratio(c.macs, total.macs), c.why) for c in total.contractions for o in c.wide)
+    opaque = tuple(f"{path_of(op.results[0])} ({op.target.data})" for op in module.walk() if isinstance(op, AtenOp))
+    return Coverage(macs, bytes, elements, ratio(full, total.macs), ratio(weights_only, total.macs), wide, opaque)

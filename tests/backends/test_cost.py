@@ -1,0 +1,93 @@
+"""The cost model against counts by hand, and bits against the field case of honest bits (C2)."""
+
+import pytest
+import torch
+
+from mxloom.backends.cost import cost
+from mxloom.backends.coverage import coverage
+from mxloom.backends.weight_store import WeightStore
+from mxloom.dialects.mx import context, parse_module
+from mxloom.passes._context import CompileContext
+from mxloom.passes.pack import Pack
+from mxloom.passes.quantize import Quantize
+
+LINEAR = """
+func.func @forward(%x: tensor<?x64xf32>) -> tensor<?x32xf32> {
+  %a.weight = mx.parameter "a.weight" : tensor<64x64xf32>
+  %a = mx.linear %x, %a.weight : (tensor<?x64xf32>, tensor<64x64xf32>) -> tensor<?x64xf32>
+  %b.weight = mx.parameter "b.weight" : tensor<32x64xf32>
+  %b = mx.linear %a, %b.weight : (tensor<?x64xf32>, tensor<32x64xf32>) -> tensor<?x32xf32>
+  func.return %b : tensor<?x32xf32>
+}
+"""
+
+
+def weights(dtype: torch.dtype = torch.float32) -> WeightStore:
+    return WeightStore.from_state_dict(
+        {"a.weight": torch.ones(64, 64, dtype=dtype), "b.weight": torch.ones(32, 64, dtype=dtype)}
+    )
+
+
+def quantized(**options) -> object:
+    module = parse_module(LINEAR)
+    Quantize(**options).apply(context(), module)
+    return module
+
+
+def test_macs_bits_and_traffic_by_hand():
+    total = cost(quantized(match="a", weights="mxfp4", activations="mxint8"), weights(torch.bfloat16), [(5, 64)])
+    assert total.macs == 5 * 64 * 64 + 5 * 64 * 32
+    assert total.parameters == 64 * 64 + 32 * 64
+    assert total.weight_bits == pytest.approx((4096 * 4.25 + 2048 * 16) / 6144, abs=1e-12)
+    assert total.quantized_weight_bits == pytest.approx(4.25)
+    assert total.activation_bits == pytest.approx((320 * 8.25 + 320 * 32) / 640)
+    assert total.bytes == 4096 * 4.25 / 8 + 2048 * 2
+    a, b = total.contractions
+    assert a.traffic_bytes == 320 * 8.25 / 8 + 4096 * 4.25 / 8 + 320 * 4
+    assert b.traffic_bytes == 320 * 4 + 2048 * 4 + 160 * 4
+
+
+def test_a_wide_parameter_counts_as_the_checkpoint_stores_it():
+    module = parse_module(LINEAR)
+    assert cost(module, weights(torch.bfloat16), [(1, 64)]).weight_bits == 16
+    assert cost(module, weights(torch.float32), [(1, 64)]).weight_bits == 32
+
+
+def test_coverage_lists_what_stayed_wide_and_why():
+    share = coverage(quantized(match="a", weights="mxfp4"), weights(), [(5, 64)])
+    assert share.macs == {"mxfp4 x f32": pytest.approx(2 / 3), "f32": pytest.approx(1 / 3)}
+    assert share.quantized_macs == 0
+    assert share.weights_only_macs == pytest.approx(2 / 3)
+    assert [(name, why) for name, _, why in share.wide] == [
+        ("a.input", "rule 1 leaves it"),
+        ("b.input", "no rule matches it"),
+        ("b.weight", "no rule matches it"),
+    ]
+    assert share.elements == {"mxfp4": pytest.approx(2 / 3), "f32": pytest.approx(1 / 3)}
+
+
+def test_honest_bits_of_the_field_case():
+    """600 000 weights MXFP4, 300 000 NVFP4 in three tensors, 100 000 bf16: 5.5 bits and three tensor scales."""
+    names = [("a", 600_000, "mxfp4"), *((f"b{i}", 100_000, "nvfp4") for i in range(3)), ("c", 100_000, None)]
+    lines, tensors = [], {}
+    for name, count, _ in names:
+        rows = count // 32
+        lines.append(f'%{name}.weight = mx.parameter "{name}.weight" : tensor<{rows}x32xf32>')
+        types = f"(tensor<1x32xf32>, tensor<{rows}x32xf32>) -> tensor<1x{rows}xf32>"
+        lines.append(f"%{name} = mx.linear %x, %{name}.weight : {types}")
+        tensors[f"{name}.weight"] = torch.ones(rows, 32, dtype=torch.bfloat16)
+    text = "func.func @forward(%x: tensor<1x32xf32>) -> tensor<1x3125xf32> {\n" + "\n".join(lines)
+    module = parse_module(text + "\nfunc.return %c : tensor<1x3125xf32>\n}")
+    for name, _, format in names:
+        if format:
+            Quantize(match=name, weights=format).apply(context(), module)
+    store = WeightStore.from_state_dict(tensors)
+    total = cost(module, store, [(1, 32)])
+    assert total.parameters == 1_000_000
+    assert total.weight_bits == pytest.approx(5.5 + 96 / 1e6, abs=1e-9)
+    packed = store.copy()
+    Pack().apply(CompileContext(weights=packed), module)
+    module.verify()
+    stored = sum(packed[n].numel() * packed[n].element_size() for n in packed)
+    assert abs(8 * stored / total.parameters - total.weight_bits) < 0.01
+    assert cost(module, packed, [(1, 32)]).weight_bits == total.weight_bits, "one function before and after packing"
