@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import DYNAMIC_INDEX, Builtin
+from xdsl.dialects.builtin import DYNAMIC_INDEX, Builtin, FunctionType
 from xdsl.ir import Attribute, TypeAttribute
 from xdsl.parser import Parser
 from xdsl.utils.exceptions import ParseError, VerifyException
 
-from .errors import UsageError, did_you_mean
-from .formats import FAMILIES, BlockType, FixedType, MixedType, bits, default_scale_rule, is_wide
+from .errors import MxloomError, UsageError, did_you_mean
+from .formats import FAMILIES, BlockType, FixedType, MixedType, bits, default_scale_rule
 
 OCP = "OCP Microscaling Formats (MX) v1.0"
 NVIDIA = "NVIDIA NVFP4; arXiv 2510.25602"
@@ -113,7 +113,7 @@ def parse_format(text: str) -> TypeAttribute:
     context.load_dialect(Builtin)
     for family in FAMILIES:
         context.load_attr_or_type(family)
-    try:
+    try:  # as the one input of a function type, so that nothing may follow it
         found = Parser(context, f"({spelled}) -> ()", "<format>").parse_type()
     except VerifyException as error:
         raise UsageError(f"{text!r} is not a format: {error}") from error
@@ -122,9 +122,14 @@ def parse_format(text: str) -> TypeAttribute:
             raise UsageError(f"{text!r} is not the text of a format: {_reason(error)}") from error
         near = did_you_mean(text, INSTANCES) or "; `mxloom formats` lists them"
         raise UsageError(f"unknown format {text!r}{near}") from error
-    (fmt,) = found.inputs.data  # pyright: ignore[reportAttributeAccessIssue]
-    if not isinstance(fmt, TypeAttribute):
-        raise UsageError(f"{text!r} is not a format")
+    if not isinstance(found, FunctionType) or len(found.inputs) != 1 or len(found.outputs):
+        raise UsageError(f"{text!r} is not the text of one format")
+    (fmt,) = found.inputs
+    try:
+        bits(fmt)
+    except MxloomError as error:
+        raise UsageError(f"{text!r} is not a format: {error}") from error
+    assert isinstance(fmt, TypeAttribute)
     return fmt
 
 
@@ -165,6 +170,3 @@ def _along(step: int, rank: int, reduced: Sequence[int]) -> list[int]:
     if len(reduced) == 1:
         return [step, *[1] * (-reduced[0] - 1)]
     return [DYNAMIC_INDEX if dim in reduced else 1 for dim in range(-rank, 0)]
-
-
-__all__ = ["INSTANCES", "Instance", "format_of", "is_wide", "name_of", "parse_format"]

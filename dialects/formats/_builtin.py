@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from xdsl.dialects.builtin import (
+    AnyFloat,
     FixedBitwidthType,
     Float32Type,
     Float64Type,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-WIDE_FLOATS = (f64, f32, f16, bf16)
+WIDE_FLOATS: tuple[AnyFloat, ...] = (f64, f32, f16, bf16)
 
 
 @lru_cache(maxsize=256)
@@ -42,8 +43,9 @@ def numbers_of(format: Attribute) -> Numbers:
     """What a type answers as a format, or an error that names the type."""
     if isinstance(format, Numbers):
         return format
-    if format in WIDE_FLOATS:
-        return WideFloat(format)
+    for wide in WIDE_FLOATS:
+        if format == wide:
+            return WideFloat(wide)
     if format == f8E8M0FNU:
         return ScaleOnly(format)
     if isinstance(format, ReducedPrecisionFloatType) and format.bitwidth <= 19:
@@ -150,11 +152,11 @@ class ScaleOnly(Counted):
 class WideFloat(Numbers):
     """f64, f32, f16 and bf16 with torch's meaning: overflow gives infinity (but towards zero, the largest finite)."""
 
-    format: Attribute
+    format: AnyFloat
 
     @property
     def bits(self) -> float:
-        return 8 * self.dtype.itemsize
+        return self.format.bitwidth
 
     def __str__(self) -> str:
         return str(self.format)

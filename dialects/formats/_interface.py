@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from xdsl.dialects.builtin import IndexType, IntegerType, TensorType
+from xdsl.dialects.builtin import IndexType, IntegerType, TensorType, f8E8M0FNU
 from xdsl.ir import Attribute, TypeAttribute
 from xdsl.utils.exceptions import VerifyException
 
@@ -35,8 +35,8 @@ def verify_tensor(tensor_type: TensorType) -> None:
     element = tensor_type.element_type
     if isinstance(element, Format) and (reason := element.why_not(tensor_type.get_shape())):
         raise VerifyException(reason)
-    if isinstance(numbers := _known(element), ScaleOnly):
-        raise VerifyException(str(numbers.refusal))
+    if element == f8E8M0FNU:
+        raise VerifyException(str(ScaleOnly(element).refusal))
 
 
 def default_scale_rule(fmt: Attribute) -> str | None:
@@ -86,13 +86,3 @@ def _floats(x: Tensor, fmt: Attribute) -> Tensor:
     if not x.is_floating_point():
         raise UsageError(f"only float tensors are rounded into {fmt}, got {x.dtype}: convert it first")
     return x.detach()
-
-
-def _known(element: Attribute) -> object:
-    return numbers_of(element) if is_wide(element) or isinstance(element, Format) or _is_float(element) else None
-
-
-def _is_float(element: Attribute) -> bool:
-    from xdsl.dialects.builtin import ReducedPrecisionFloatType
-
-    return isinstance(element, ReducedPrecisionFloatType)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import MxloomError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -81,6 +83,8 @@ def unpack_trits(packed: Tensor, count: int) -> Tensor:
     """The first `count` trits, as int8."""
     import torch
 
+    if packed.numel() and int(packed.max()) > 242:
+        raise MxloomError(f"a byte of five trits is at most 242 (3^5 - 1), got {int(packed.max())}")
     digits = packed.to(torch.int16)[:, None] // _place_values(packed) % 3
     return (digits.reshape(-1)[:count] - 1).to(torch.int8)
 
