@@ -1,0 +1,127 @@
+"""One face for everything that can be evaluated: a compiled model, a Hugging Face model, an opened source, a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..dialects.errors import MxloomError, UsageError
+from .example_inputs import task_of
+from .model_source import ModelSource, open_model
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from .compiled import Compiled
+
+_DTYPES = {"torch.float32": "f32", "torch.bfloat16": "bf16", "torch.float16": "f16", "torch.float64": "f64"}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model as evaluation sees it: called with inputs by name, it yields its outputs by name or in order."""
+
+    name: str
+    task: str
+    dtype: str
+    positions: int | None
+    call: Callable[..., Any]
+    source: ModelSource | None
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits [sequence, vocabulary] for tokens [sequence], run alone, so that nothing is padding."""
+        return self.output("logits", input_ids=tokens[None])[0]
+
+    def output(self, name: str, **inputs: Tensor) -> Tensor:
+        """The output `name`, or the first one where outputs have no such name."""
+        import torch
+
+        if "input_ids" in inputs:
+            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        with torch.no_grad():
+            outputs = self.call(**inputs)
+        if isinstance(outputs, torch.Tensor):
+            return outputs
+        named = getattr(outputs, name, None)
+        return outputs[0] if named is None else named
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that came with the model. UsageError if none did."""
+        if self.source is None:
+            raise UsageError(f"{self.name}: a model in memory has no tokenizer; give tokenizer=.")
+        return self.source.tokenizer()
+
+
+def evaluated(model: Any) -> Evaluated:
+    """`model` made ready: a path is opened (an artefact or a model as it came), a source loaded in f32."""
+    from torch import nn
+
+    from .compiled import Compiled
+
+    if isinstance(model, Evaluated):
+        return model
+    if isinstance(model, str | Path):
+        model = _opened(Path(model))
+    if isinstance(model, Compiled):
+        return _compiled(model)
+    if isinstance(model, ModelSource):
+        return _module(model.loaded(), model)
+    if isinstance(model, nn.Module):
+        return _module(model, None)
+    raise UsageError(f"a {type(model).__name__} cannot be evaluated: give a compiled model, a model, or a path.")
+
+
+def _opened(path: Path) -> Compiled | ModelSource:
+    from .artefact import is_artefact, load
+
+    return load(path) if is_artefact(path) else open_model(path)
+
+
+def _compiled(compiled: Compiled) -> Evaluated:
+    source = compiled.source
+    return Evaluated(source.name, source.task, "f32", _positions(source.config), compiled, source)
+
+
+def _module(model: nn.Module, source: ModelSource | None) -> Evaluated:
+    config: Any = getattr(model, "config", None)
+    first = next(model.parameters(), None)
+    if first is not None and first.is_meta:
+        raise MxloomError(f"{type(model).__name__}: its weights are on the meta device; there is nothing to run.")
+    dtype = "f32" if first is None else _DTYPES.get(str(first.dtype), str(first.dtype))
+    name = type(model).__name__ if source is None else source.name
+    task = task_of(model, None) if source is None else source.task
+
+    def call(**inputs: Tensor) -> Any:
+        if hasattr(config, "use_cache"):
+            return _call(model, {**inputs, "use_cache": False})
+        return _call(model, inputs)
+
+    return Evaluated(name, task, dtype, _positions(config), call, source)
+
+
+def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    with _evaluating(model):
+        return model(**inputs)
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """Dropout and the like are off inside; the model's own mode comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _positions(config: Any) -> int | None:
+    """Positions that a model with a table of them has; rotary models have no hard limit, so theirs is not one."""
+    if config is None or getattr(config, "rope_parameters", None) is not None:
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None

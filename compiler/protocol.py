@@ -1,0 +1,101 @@
+"""How a text becomes windows of tokens, and the line that says so beside every perplexity."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..dialects.errors import MxloomError, UsageError
+from ._quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from .evaluated import Evaluated
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a perplexity depends on: text (name, SHA-256, part), windows of `context` tokens, dtype computed in."""
+
+    text: str
+    sha256: str
+    characters: int | None
+    windows: int
+    context: int
+    dtype: str
+
+    def __str__(self) -> str:
+        part = "" if self.characters is None else f", first {grouped(self.characters)} characters"
+        return (
+            f"{self.text} sha256 {self.sha256[:8]}…{part}, {grouped(self.windows)} windows of {grouped(self.context)}, "
+            f"no overlap, BOS no, {grouped(self.windows * (self.context - 1))} tokens, {self.dtype}"
+        )
+
+
+def windows_of(
+    model: Evaluated,
+    text: str | Path,
+    context: int,
+    limit: int | None,
+    characters: int | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[Sequence[Tensor], Protocol]:
+    """Windows of token numbers [context], one after the other in the text, and the protocol they make."""
+    import torch
+
+    _check(model, context, limit, characters)
+    content, name, digest = read_text(text)
+    content = content[:characters]
+    with quiet_transformers():
+        tokens: Any = (tokenizer or model.tokenizer())(content, add_special_tokens=False)["input_ids"]
+    count = len(tokens) // context if limit is None else min(limit, len(tokens) // context)
+    if count == 0:
+        raise MxloomError(
+            f"{name}: {grouped(len(tokens))} tokens, but one window takes {grouped(context)}: "
+            "take a longer text or a smaller context."
+        )
+    windows = torch.tensor(tokens[: count * context]).reshape(count, context)
+    return windows.unbind(), Protocol(name, digest, characters, count, context, model.dtype)
+
+
+def _check(model: Evaluated, context: int, limit: int | None, characters: int | None) -> None:
+    if model.task not in ("causal-lm", "module"):
+        raise UsageError(f"{model.name} is a model for {model.task}; perplexity is for causal language models.")
+    if context < 2:
+        raise UsageError(f"context is {context}; a window needs 2 tokens, one to read and one to predict.")
+    if model.positions is not None and context > model.positions:
+        raise UsageError(f"context is {context}; {model.name} has {model.positions} positions.")
+    for name, value in (("limit", limit), ("characters", characters)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; it must be 1 or more.")
+
+
+def read_text(text: str | Path) -> tuple[str, str, str]:
+    """The text, its name, and the SHA-256 of its bytes. A string that names no file is the text itself."""
+    path = Path(text) if isinstance(text, Path) or _may_be_path(text) else None
+    if path is not None and (isinstance(text, Path) or path.is_file()):
+        try:
+            raw = path.read_bytes()
+            return raw.decode("utf-8"), path.name, hashlib.sha256(raw).hexdigest()
+        except OSError as error:
+            raise MxloomError(f"{path}: the text cannot be read ({error.strerror}).") from error
+        except UnicodeDecodeError as error:
+            raise MxloomError(f"{path}: not UTF-8 (byte {error.start}).") from error
+    if path is not None and path.suffix in (".txt", ".md") and " " not in str(text):
+        raise MxloomError(f"{path}: no such text file.")
+    return str(text), "text", hashlib.sha256(str(text).encode()).hexdigest()
+
+
+def _may_be_path(text: str) -> bool:
+    return 0 < len(text) < 1024 and "\n" not in text and "\0" not in text and len(os.path.basename(text)) < 256  # noqa: PTH119
+
+
+def grouped(number: int) -> str:
+    """A whole number in groups of three digits, with spaces."""
+    return f"{number:,}".replace(",", " ")
