@@ -31,9 +31,7 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str] | None]:
     if len(others) == 1:
         return {_inside(folder, others[0].name, folder): None}
     if others:
-        raise MxloomError(
-            f"{folder}: {len(others)} safetensors files and no model.safetensors.index.json to join them."
-        )
+        raise MxloomError(f"{folder}: {len(others)} safetensors files, but no model.safetensors.index.json joins them.")
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise MxloomError(

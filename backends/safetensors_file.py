@@ -45,6 +45,8 @@ _DTYPES = {
     "F64": ("float64", 8),
 }
 
+_INTEGERS = 2**63
+
 _SEPARATORS = re.compile(r"[/\\]")
 
 
@@ -198,18 +200,21 @@ def _entry(path: Path, name: str, fields: Any) -> Entry:
 
 
 def _check_name(path: Path, name: str) -> None:
+    if name[:1] not in "/\\" and ".." not in name and ":" not in name:
+        return
     parts = _SEPARATORS.split(name)
-    if not name or ".." in parts or not parts[0] or parts[0].endswith(":"):
+    if ".." in parts or not parts[0] or parts[0].endswith(":"):
         raise _broken(path, f"tensor name {name!r} is empty, absolute or leads out of a folder")
 
 
 def _naturals(values: Any) -> bool:
     """A list of integers from 0 below 2^63 (JSON's true and 1.0 are none); more than 64 dimensions are none either."""
-    return (
-        isinstance(values, list)
-        and len(values) <= 64
-        and all(type(value) is int and 0 <= value < 2**63 for value in values)
-    )
+    if type(values) is not list or len(values) > 64:
+        return False
+    for value in values:  # a loop, since 100 000 tensors call it 200 000 times
+        if type(value) is not int or not 0 <= value < _INTEGERS:
+            return False
+    return True
 
 
 def _check_ranges(path: Path, entries: dict[str, Entry], available: int) -> None:
