@@ -15,6 +15,7 @@ from ._rounding import round_to_integers
 
 if TYPE_CHECKING:
     import torch
+    from numpy import ndarray
     from torch import Tensor
 
     from ._format import Rounding
@@ -167,8 +168,8 @@ class Minifloat(Element):
     def values(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         import torch
 
-        table = _value_table(self).to(device=codes.device, dtype=dtype)
-        return table[codes.to(torch.int64) & ((1 << self.bits) - 1)]
+        table = torch.from_numpy(_value_table(self)).to(device=codes.device, dtype=dtype)
+        return table[codes.to(torch.int32) & ((1 << self.bits) - 1)]
 
     def stream_bits(self, count: int) -> int:
         return count * self.bits
@@ -262,26 +263,25 @@ class Trit(Fixed):
 
 
 @lru_cache(maxsize=64)
-def _value_table(element: Minifloat) -> Tensor:
-    """Every code's value in f64, exact by construction from bit fields."""
-    import torch
+def _value_table(element: Minifloat) -> ndarray:
+    """Every code's value in f64, exact by construction; numpy's: a tensor made while torch traces is not a real one."""
+    import numpy as np
 
     s = element.semantics
-    codes = torch.arange(1 << s.bitwidth, dtype=torch.int64)
+    codes = np.arange(1 << s.bitwidth)
     field = codes >> s.mantissa_bits & s.max_exponent
     mantissa = codes & s.max_mantissa
-    significand = torch.where(field > 0, mantissa + (1 << s.mantissa_bits), mantissa).double()
-    exponent = field.clamp(min=1) - s.exponent_bias - s.mantissa_bits
-    values = significand * ((exponent + 1023) << 52).view(torch.float64)
-    values = torch.where(codes >> s.sign_shift > 0, -values, values)
+    significand = np.where(field > 0, mantissa + (1 << s.mantissa_bits), mantissa).astype(np.float64)
+    values = np.ldexp(significand, np.maximum(field, 1) - s.exponent_bias - s.mantissa_bits)
+    values = np.where(codes >> s.sign_shift > 0, -values, values)
     if s.nonfinite is FloatNonfiniteBehavior.IEEE:
         special = field == s.max_exponent
-        values[special & (mantissa == 0)] *= torch.inf
-        values[special & (mantissa > 0)] = torch.nan
+        values[special & (mantissa == 0)] *= np.inf
+        values[special & (mantissa > 0)] = np.nan
     elif element.nan_code is not None:
-        values[element.nan_code] = torch.nan
+        values[element.nan_code] = np.nan
         if s.nan_encoding is FloatNanEncoding.ALL_ONES:
-            values[-1] = torch.nan
+            values[-1] = np.nan
     return values
 
 

@@ -6,6 +6,7 @@ powers of two from bit fields, never by exp2 (which loses 2^-127) or by shifting
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from xdsl.dialects.builtin import Float32Type, ReducedPrecisionFloatType, bf16, f8E4M3FN, f8E5M2, f8E8M0FNU, f16, f32
@@ -16,6 +17,7 @@ from ._semantics import BF16, F16, F32
 
 if TYPE_CHECKING:
     import torch
+    from numpy import ndarray
     from torch import Tensor
     from xdsl.ir import Attribute
 
@@ -67,14 +69,21 @@ def powers_of_two(codes: Tensor, dtype: torch.dtype, *, inverse: bool = False) -
     """2^(byte - 127), or its exact inverse, of E8M0 bytes in f32 or f64; byte 255 is NaN."""
     import torch
 
-    exponents = torch.arange(-127, 128, dtype=torch.int64, device=codes.device)
+    table = torch.from_numpy(_power_table(dtype == torch.float64, inverse)).to(codes.device)
+    return table[codes.to(torch.int32)]
+
+
+@cache
+def _power_table(wide: bool, inverse: bool) -> ndarray:
+    """The 256 powers of two, kept as numpy's: a tensor made while torch traces would not be a real one."""
+    import numpy as np
+
+    exponents = np.arange(-127, 128)
     exponents = -exponents if inverse else exponents
-    powers = ((exponents + 1023) << 52).view(torch.float64)
-    table = torch.cat([powers, powers.new_full((1,), torch.nan)])
-    if dtype == torch.float32:
-        bits = ((exponents + 127) << 23).masked_fill_(exponents == -127, 1 << 22).to(torch.int32)
-        table = torch.cat([bits, bits.new_full((1,), 0x7FC00000)]).view(torch.float32)
-    return table[codes.to(torch.int64)]
+    if wide:
+        return np.append(((exponents + 1023) << 52).view(np.float64), np.nan)
+    bits = np.where(exponents == -127, 1 << 22, (exponents + 127) << 23)
+    return np.append(bits.astype(np.int32).view(np.float32), np.float32(np.nan))
 
 
 def finite(values: Tensor) -> Tensor:

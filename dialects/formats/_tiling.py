@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -20,42 +21,42 @@ class Tiling:
     shape: tuple[int, ...]
     dims: tuple[int, ...]
 
-    @property
+    @cached_property
     def leading(self) -> tuple[int, ...]:
         """The dimensions that no block reaches into."""
         return self.shape[: len(self.shape) - len(self.dims)]
 
-    @property
+    @cached_property
     def trailing(self) -> tuple[int, ...]:
         return self.shape[len(self.leading) :]
 
-    @property
+    @cached_property
     def block(self) -> tuple[int, ...]:
         """The block's size in each trailing dimension."""
         sizes = zip(self.trailing, self.dims, strict=True)
         return tuple(max(size, 1) if dim == DYNAMIC_INDEX else dim for size, dim in sizes)
 
-    @property
+    @cached_property
     def tiles(self) -> tuple[int, ...]:
         """The number of blocks along each trailing dimension."""
         return tuple(-(-size // step) for size, step in zip(self.trailing, self.block, strict=True))
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, ...]:
         """The shape of one number per block."""
         return (*self.leading, *self.tiles)
 
-    @property
+    @cached_property
     def stored_elements(self) -> int:
         """Elements, padding included."""
         return prod(self.grid) * prod(self.block)
 
-    @property
+    @cached_property
     def axes(self) -> tuple[int, ...]:
         """The axes of a split tensor that run inside a block."""
         return tuple(range(len(self.leading) + 1, len(self.leading) + 2 * len(self.dims), 2))
 
-    @property
+    @cached_property
     def is_ragged(self) -> bool:
         return any(size % step for size, step in zip(self.trailing, self.block, strict=True))
 

@@ -104,3 +104,14 @@ def test_a_byte_that_is_no_five_trits_is_refused() -> None:
     broken = {**encoded.tensors(), "codes": torch.tensor([0, 1, 242, 243], dtype=torch.uint8)}
     with pytest.raises(MxloomError, match=r"a byte of five trits is at most 242 \(3\^5 - 1\), got 243"):
         Encoded.from_tensors(encoded.format, (2, 10), broken)
+
+
+def test_tracing_leaves_nothing_behind() -> None:
+    """What is kept between calls must not be made of the tensors of a trace."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    format = format_of("!mx.block<32xf8E3M4>")
+    with FakeTensorMode():
+        traced = mxloom.encode(torch.ones(2, 32), format)
+        assert traced.decode().shape == (2, 32)
+    assert mxloom.encode(torch.ones(2, 32), format).decode().tolist() == torch.ones(2, 32).tolist()
