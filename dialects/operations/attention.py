@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType, UnitAttr
 from xdsl.ir import TypeAttribute
@@ -80,6 +80,11 @@ class AttentionOp(Contraction):
                 fits(query[1:2], got), f"sinks must hold one number a head {text(query[1:2])}, got {text(got)}"
             )
         self._check_probabilities()
+
+    def fields(self) -> dict[str, Any]:
+        """The format of the probabilities goes to torch by its text."""
+        found = super().fields()
+        return found if self.probabilities is None else {**found, "probabilities": str(self.probabilities)}
 
     def _check_probabilities(self) -> None:
         rule = self.scale_rule.data if self.scale_rule is not None else None
