@@ -211,7 +211,7 @@ def _naturals(values: Any) -> bool:
     """A list of integers from 0 below 2^63 (JSON's true and 1.0 are none); more than 64 dimensions are none either."""
     if type(values) is not list or len(values) > 64:
         return False
-    for value in values:  # a loop, since 100 000 tensors call it 200 000 times
+    for value in values:  # noqa: SIM110  (a third of the time of `all`, and 100 000 tensors call it 200 000 times)
         if type(value) is not int or not 0 <= value < _INTEGERS:
             return False
     return True
