@@ -4,6 +4,7 @@ mxloom eval ./q06 --text wiki.txt --against ./Qwen3-0.6B
 """
 
 import argparse
+from pathlib import Path
 
 from . import _json
 
@@ -22,11 +23,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..evaluation import evaluate
     from ..progress import Progress
-    from ._models import opened
 
     with Progress().working(f"evaluating {args.model}"):
-        model = opened(args.model)
-        against = opened(args.against) if args.against else None
-        evaluation = evaluate(model, args.text, context=args.context, against=against, limit=args.limit)
+        evaluation = evaluate(
+            Path(args.model), Path(args.text), context=args.context, against=args.against, limit=args.limit
+        )
     _json.write(evaluation.to_json()) if args.json else print(evaluation)
     return 0
