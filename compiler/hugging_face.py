@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +33,7 @@ def to_hf(compiled: Compiled) -> Any:
     behind the cache. Raises MxloomError, naming the operation, where a cast belongs to no module of the model.
     """
     model: Any = compiled.source.loaded()
+    model = deepcopy(model) if model is compiled.source.model else model
     if not hasattr(model, "set_attn_implementation"):
         raise MxloomError(f"{compiled.source.name} is no Hugging Face model; call the compiled model itself")
     register()

@@ -1,0 +1,101 @@
+"""`mxloom.compile`: recipes, errors with file and line, and the pipeline string that repeats a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mxloom.compiler.driver import compile, run_pipeline
+from mxloom.dialects.errors import UsageError
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model = nn.ModuleDict({"lm_head": nn.Linear(64, 32), "first": nn.Linear(64, 64)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.language_model["lm_head"](torch.relu(self.language_model["first"](x)))
+
+
+def example() -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(3, 64, generator=torch.Generator().manual_seed(0))}
+
+
+def test_a_rule_that_matches_nothing_names_the_line_and_the_nearest_module(tmp_path: Path):
+    """Field case C1."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("version: 1\nquantize:\n  - {match: lm_head, keep: bf16}\n  - {weights: mxfp4}\n")
+    with pytest.raises(UsageError) as caught:
+        compile(Model(), recipe, example=example())
+    assert str(caught.value) == (
+        f"{recipe}:3: 'lm_head' matches 0 of 2 modules (did you mean \"language_model.lm_head\"?)"
+    )
+    assert caught.value.exit_status == 2
+
+
+def test_a_regular_expression_that_matches_passes_in_silence(tmp_path: Path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("version: 1\nquantize:\n  - {match: 're:.*head', keep: bf16}\n  - {weights: mxfp4}\n")
+    assert len(list(compile(Model(), recipe, example=example()).function.walk())) > 0
+
+
+def test_the_pipeline_string_repeats_the_run():
+    rules = [{"match": "re:lm\\.?_head$", "weights": "nvfp4"}, {"weights": "mxfp4", "activations": "mxint8"}]
+    torch.manual_seed(0)
+    model = Model()
+    first = compile(model, {"version": 1, "quantize": rules}, example=example())
+    again = compile(model, example=example())
+    run_pipeline(again.module, again.weights, first.pipeline)
+    assert str(again.module) == str(first.module)
+
+
+def test_the_compiled_module_is_called_like_the_model():
+    torch.manual_seed(0)
+    model = Model().eval()
+    wide = compile(model, example=example())
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        assert torch.equal(wide(x), model(x))
+        assert torch.equal(wide(x=x), model(x))
+
+
+def test_a_wrong_input_is_named():
+    wide = compile(Model(), example=example())
+    with pytest.raises(UsageError, match="unknown input 'y'; its inputs are x"):
+        wide(y=torch.ones(2, 64))
+    with pytest.raises(UsageError, match="input 'x' is missing"):
+        wide()
+
+
+def test_recipe_and_formats_exclude_each_other():
+    with pytest.raises(UsageError, match="exclude each other"):
+        compile(Model(), {"version": 1, "quantize": []}, weights="mxfp4", example=example())
+
+
+class Experts(nn.Module):
+    """Attention 4 x [64, 64], and four experts as bare parameters [E, in, out] (field case E1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(64, 64, bias=False) for _ in range(4))
+        self.gate_up = nn.Parameter(torch.randn(4, 64, 64) * 0.1)
+        self.down = nn.Parameter(torch.randn(4, 32, 64) * 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.softmax(self.query(x) @ self.key(x).transpose(-1, -2), -1)
+        x = self.out(scores @ self.value(x))
+        gate, up = (x.unsqueeze(1) @ self.gate_up).chunk(2, -1)
+        return ((torch.nn.functional.silu(gate) * up) @ self.down).sum(1)
+
+
+def test_experts_in_bare_three_dimensional_parameters_are_quantized_along_their_input():
+    torch.manual_seed(0)
+    compiled = compile(Experts(), weights="mxfp4", example={"x": torch.randn(2, 6, 64)})
+    total = compiled.cost(batch=2, sequence=6)
+    assert total.parameters == 40_960
+    assert {t.format for t in total.tensors} == {"mxfp4"}
+    assert total.weight_bits == 4.25
+    types = {str(op.result.type.element_type) for op in compiled.packed()[0].walk() if op.name == "mx.parameter"}
+    assert types == {"!mx.block<32xf4E2M1FN>", "!mx.block<32x1xf4E2M1FN>"}
