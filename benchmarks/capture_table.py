@@ -41,12 +41,12 @@ _TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 16}
-_PHI3 = {key: value for key, value in _GROUPED.items() if key != "head_dim"}
-_GPT2 = {"vocab_size": 128, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4}
-_OPT = {**_TEXT, "ffn_dim": 96, "word_embed_proj_dim": 64}
-_DISTIL = {"vocab_size": 128, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}
-_IMAGES = {
+_GROUPED: dict[str, Any] = {**_TEXT, "num_key_value_heads": 2, "head_dim": 16}
+_PHI3: dict[str, Any] = {key: value for key, value in _GROUPED.items() if key != "head_dim"}
+_GPT2: dict[str, Any] = {"vocab_size": 128, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4}
+_OPT: dict[str, Any] = {**_TEXT, "ffn_dim": 96, "word_embed_proj_dim": 64}
+_DISTIL: dict[str, Any] = {"vocab_size": 128, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}
+_IMAGES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -54,8 +54,8 @@ _IMAGES = {
     "image_size": 32,
     "patch_size": 8,
 }
-_MOE = {**_GROUPED, "num_local_experts": 4, "sliding_window": None}
-_GPT_OSS = {
+_MOE: dict[str, Any] = {**_GROUPED, "num_local_experts": 4, "sliding_window": None}
+_GPT_OSS: dict[str, Any] = {
     **_GROUPED,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
@@ -141,8 +141,9 @@ def build(name: str) -> nn.Module:
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     for part in model.modules():
-        if hasattr(getattr(part, "config", None), "use_cache"):
-            part.config.use_cache = False  # pyright: ignore[reportAttributeAccessIssue]
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,8 @@ def structured(model: nn.Module) -> Iterator[None]:
         yield
         return
     register()
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}.values()
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "config")]
+    configs = {id(part.config): part.config for part in parts}.values()
     keys = ("_attn_implementation", "_experts_implementation", "use_cache")
     before = [(config, key, getattr(config, key)) for config in configs for key in keys if hasattr(config, key)]
     try:
@@ -121,7 +122,7 @@ def mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
+    mask_function: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -141,7 +142,7 @@ def mask_pattern(function: Any) -> tuple[bool, int | None] | None:
     if function in bases:
         return bases[function], None
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    if function.__qualname__.startswith("and_masks") and len(cells) == 1 and len(cells[0]) == 2:
+    if getattr(function, "__qualname__", "").startswith("and_masks") and len(cells) == 1 and len(cells[0]) == 2:
         window, base = cells[0]
         if window.__qualname__.startswith("sliding_window") and base in bases:
             return bases[base], window.__closure__[0].cell_contents

@@ -38,7 +38,7 @@ def capture(
 
     wanted = dynamic_dims(example, dynamic)
     _check_example(model, example, wanted)
-    shapes = {name: {dim: torch.export.Dim.AUTO for dim in dims} for name, dims in wanted.items()}
+    shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in wanted.items()}
 
     def export() -> ExportedProgram:
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)

@@ -27,7 +27,7 @@ def dynamic_dims(example: Mapping[str, Tensor], dynamic: bool | Dims) -> dict[st
     if isinstance(dynamic, Mapping):
         return {name: tuple(dynamic.get(name, ())) for name in example}
     if not dynamic:
-        return {name: () for name in example}
+        return dict.fromkeys(example, ())
     return {
         name: (0, 1) if tensor.ndim > 1 and not tensor.is_floating_point() else (0,) if tensor.ndim else ()
         for name, tensor in example.items()
@@ -124,7 +124,7 @@ def _listening(pattern: str) -> Iterator[list[FrameSummary]]:
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     listener, level, propagate = Listener(logging.INFO), logger.level, logger.propagate
     logger.addHandler(listener)
-    handlers, logger.handlers = logger.handlers, [listener]
+    handlers, logger.handlers = logger.handlers, list[logging.Handler]([listener])
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:

@@ -143,7 +143,8 @@ class _Importer:
         from torch.fx.node import map_arg
 
         def value_of(value: Any) -> Any:
-            return map_arg(value, lambda n: self.values[n])
+            held: Any = self.values.__getitem__
+            return map_arg(value, held)
 
         if not _is_overload(node.target):
             for place, value in enumerate(node.args):

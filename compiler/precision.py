@@ -19,7 +19,7 @@ def wide(model: nn.Module) -> Iterator[None]:
     """
     import torch
 
-    before = [
+    before: list[tuple[dict[str, Any], str, Tensor]] = [
         (held, name, tensor)
         for part in model.modules()
         for held in (part._parameters, part._buffers)

@@ -11,7 +11,10 @@ from ..dialects import torch_operators
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-    from torch.fx import Graph, Node
+    from torch.fx import Graph
+
+Node = Any
+"""A node of the graph; torch types its arguments as a union of twenty types, too wide for patterns to walk through."""
 
 
 def simplify(program: ExportedProgram) -> ExportedProgram:

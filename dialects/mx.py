@@ -10,15 +10,16 @@ from xdsl.context import Context
 from xdsl.dialects.builtin import Builtin, ModuleOp
 from xdsl.dialects.func import Func
 from xdsl.ir import Dialect, TypeAttribute
+from xdsl.ir import Operation as XdslOperation
 from xdsl.parser import Parser
 
 from . import formats, operations
 from .operations._operation import Operation
 
 
-def _operations() -> list[type[Operation]]:
+def _operations() -> list[type[XdslOperation]]:
     """Every operation that a file of `operations/` defines, in the order of their names."""
-    found: dict[str, type[Operation]] = {}
+    found: dict[str, type[XdslOperation]] = {}
     for module in iter_modules(operations.__path__):
         if module.name.startswith("_"):
             continue
@@ -29,7 +30,7 @@ def _operations() -> list[type[Operation]]:
 
 
 OPERATIONS = _operations()
-MX = Dialect("mx", OPERATIONS, formats.FAMILIES)
+MX = Dialect("mx", OPERATIONS, [*formats.FAMILIES])
 
 
 def context() -> Context:

@@ -85,9 +85,11 @@ class TorchOperation(Operation):
         optional = cls.get_irdl_definition().properties
         for name in aten.fields(argument.name):
             if name in declared:
-                many = is_variadic(declared[name])
-                if _is_tensor(argument.value) if not many else all(map(_is_tensor, argument.value)):
-                    operands[name] = list(argument.value) if many else argument.value
+                if is_variadic(declared[name]) and all(map(_is_tensor, argument.value or ())):
+                    operands[name] = list(argument.value or ())
+                    return True
+                if not is_variadic(declared[name]) and _is_tensor(argument.value):
+                    operands[name] = argument.value
                     return True
             elif name in optional and argument.value is not None:
                 if not (argument.is_default and cls.is_optional(name)):

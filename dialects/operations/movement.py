@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from xdsl.dialects.builtin import ArrayAttr, IndexType, IntegerAttr, TensorType, UnitAttr
-from xdsl.ir import Attribute
 from xdsl.irdl import (
-    AnyOf,
+    AttrConstraint,
     BaseAttr,
     irdl_op_definition,
     operand_def,
@@ -21,7 +20,7 @@ from xdsl.irdl import (
 from ._shapes import UNKNOWN, Shape, broadcast, product, same, shape_of, text
 from ._torch_operation import Aten, TorchOperation
 
-SIZE: AnyOf[Attribute] = BaseAttr(IntegerAttr) | BaseAttr(UnitAttr)
+SIZE: AttrConstraint = BaseAttr(IntegerAttr) | BaseAttr(UnitAttr)
 """A number, or `unit` where a symbolic size of `symbols` stands."""
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType
 from xdsl.ir import Attribute
 from xdsl.irdl import (
-    AnyOf,
+    AttrConstraint,
     BaseAttr,
     irdl_op_definition,
     operand_def,
@@ -23,7 +23,7 @@ from ._shapes import Shape, broadcast, element_of, shape_of, text
 from ._torch_operation import Argument, Aten, TorchOperation
 from ._values import torch_dtype
 
-NUMBER: AnyOf[Attribute] = BaseAttr(IntegerAttr) | BaseAttr(FloatAttr)
+NUMBER: AttrConstraint = BaseAttr(IntegerAttr) | BaseAttr(FloatAttr)
 """A number as Python wrote it: 2 and 2.0 stay apart."""
 
 _SECOND = {"other": ("other", "scalar")}

@@ -39,6 +39,8 @@ def agrees(model: nn.Module, module: ModuleOp, program: Any, *given: Tensor) -> 
 
 
 class Named(nn.Module):
+    offset: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.fc_1 = nn.Linear(8, 8)
@@ -160,6 +162,8 @@ def test_all_tensors_of_an_output_come_back_in_order() -> None:
 
 
 class Counting(nn.Module):
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
