@@ -81,9 +81,7 @@ def attention(
     """
     import torch
 
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    key, value = (_shared_heads(shared, query.shape[1]) for shared in (key, value))
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -105,6 +103,18 @@ def attention(
     if probabilities is not None:
         weights = torch.ops.mxloom.quantize(weights, probabilities, scale_rule, rounding)
     return torch.matmul(weights, value)
+
+
+def _shared_heads(shared: Tensor, heads: int) -> Tensor:
+    """[B, G, K, D] as [B, heads, K, D], each head used heads / G times, laid out as transformers' repeat_kv lays it.
+
+    One shared head stays a view, and a matrix product may sum a view in another order than a copy.
+    """
+    batch, groups, positions, width = shared.shape
+    if groups == heads:
+        return shared
+    expanded = shared[:, :, None].expand(batch, groups, heads // groups, positions, width)
+    return expanded.reshape(batch, heads, positions, width)
 
 
 def _allowed(
