@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .compiler.artefact import load as load
     from .compiler.compiled import Compiled as Compiled
     from .compiler.driver import compile as compile
+    from .compiler.evaluated import remembered as remembered
     from .compiler.evaluation import evaluate as evaluate
     from .dialects.errors import MxloomError as MxloomError
     from .dialects.numbers import Encoded as Encoded
@@ -30,6 +31,7 @@ _HOMES = {
     "fake_quantize": ".dialects.numbers",
     "formats": ".dialects.numbers",
     "load": ".compiler.artefact",
+    "remembered": ".compiler.evaluated",
     "sites": ".passes._sites",
 }
 

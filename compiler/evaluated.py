@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,29 @@ class Evaluated:
         if self.source is None:
             raise UsageError(f"{self.name}: a model in memory has no tokenizer; give tokenizer=.")
         return self.source.tokenizer()
+
+
+@dataclass(frozen=True)
+class Remembered(Evaluated):
+    """A reference that is asked about the same windows again and again: what it said is kept, up to `room` bytes."""
+
+    room: int = 0
+    said: dict[bytes, Tensor] = field(default_factory=dict, compare=False)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        window = tokens.numpy().tobytes()
+        if window in self.said:
+            return self.said[window]
+        logits = super().logits(tokens)
+        if sum(kept.nbytes for kept in self.said.values()) + logits.nbytes <= self.room:
+            self.said[window] = logits
+        return logits
+
+
+def remembered(model: Any, *, room: int = 2 << 30) -> Evaluated:
+    """`model` as a reference for several evaluations on one text: its logits are computed once, within `room` bytes."""
+    ready = evaluated(model)
+    return Remembered(**{each.name: getattr(ready, each.name) for each in fields(ready)}, room=room)
 
 
 def evaluated(model: Any) -> Evaluated:

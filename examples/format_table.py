@@ -109,7 +109,8 @@ def measured(
     """
     folder.mkdir(parents=True, exist_ok=True)
     floating = mxloom.compile(model)
-    reference = mxloom.evaluate(floating, text, **protocol)
+    told = mxloom.remembered(floating)
+    reference = mxloom.evaluate(told, text, **protocol)
     print(f"{floating.source.name}: {reference}", flush=True)
     cost = floating.cost()
     rows = [Row("float", "-", cost.weight_bits, cost.bytes, reference.perplexity)]
@@ -117,9 +118,10 @@ def measured(
         start = time.monotonic()
         compiled = mxloom.compile(floating.source, recipe)
         compiled.save(folder / name)
-        whole = part = mxloom.evaluate(compiled, text, against=floating, **protocol)
+        candidate = mxloom.remembered(compiled)
+        whole = part = mxloom.evaluate(candidate, text, against=told, **protocol)
         if divergence_windows is not None:
-            part = mxloom.evaluate(compiled, text, against=floating, **{**protocol, "limit": divergence_windows})
+            part = mxloom.evaluate(candidate, text, against=told, **{**protocol, "limit": divergence_windows})
         rows.append(_row(name, compiled, whole, part))
         print(f"  {name:12} {time.monotonic() - start:5.1f} s  {folder / name}", flush=True)
     (folder / "report.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", "utf-8")
