@@ -73,7 +73,7 @@ def test_compile_says_what_became_of_the_model(model: Path, tmp_path: Path, caps
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         'version: 1\nquantize:\n- {match: "*lm_head", keep: f32}\n'
-        "- {kind: linear, weights: nvfp4, activations: mxint8}\n"
+        "- {kind: linear, weights: nvfp4, activations: mxint8}\n- {kind: attention, attention: mxint8}\n"
     )
     assert main(["compile", str(model), "--recipe", str(recipe), "--out", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
