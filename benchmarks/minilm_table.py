@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
 from mxloom.compiler.driver import compile
 from mxloom.compiler.embedding_evaluation import evaluate_embeddings
 from mxloom.compiler.model_source import open_model

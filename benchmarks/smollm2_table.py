@@ -10,8 +10,9 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-import mxloom
 import torch
+
+import mxloom
 from mxloom.compiler.model_source import open_model
 
 # (format of weights, format of activations, scale rule, independent perplexity, KL, top-1)
