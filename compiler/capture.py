@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 from ..dialects.errors import MxloomError
@@ -46,9 +48,12 @@ def capture(
     model.eval()
     with structured(model), wide(model), torch.no_grad(), _quiet_specs():
         try:
-            program = export()
+            # torch prints the graph so far to stderr before it raises; the error says it better.
+            with redirect_stderr(io.StringIO()) as printed:
+                program = export()
         except Exception as error:
             raise CaptureError(_explain(error, model)) from error
+        sys.stderr.write(printed.getvalue())
         found = frozen(program, wanted, export)
         if found is not None:
             raise CaptureError(

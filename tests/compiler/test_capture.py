@@ -16,6 +16,8 @@ from mxloom.backends.weight_store import WeightStore
 from mxloom.compiler.capture import CaptureError, capture, register, structured
 from mxloom.compiler.import_graph import constants, import_program
 from mxloom.compiler.simplify import simplify
+from mxloom.dialects.operations.contraction import LinearOp, MatmulOp
+from mxloom.dialects.operations.parameter import ParameterOp
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -122,13 +124,14 @@ def test_a_branch_on_a_size_is_an_error_that_names_the_condition_and_the_line() 
     assert f"test_capture.py:{line_of('if ids.shape[1] > 8')}" in message
 
 
-def test_a_branch_on_data_is_an_error_with_the_line_the_rule_and_a_remedy() -> None:
+def test_a_branch_on_data_is_an_error_with_the_line_the_rule_and_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CaptureError) as error:
         capture(DataBranch(), {"signal": torch.randn(4, 8)})
     message = str(error.value)
     assert message.startswith("DataBranch cannot be captured\n")
     assert f"test_capture.py:{line_of('if signal.sum() > 0')}: if signal.sum() > 0:" in message
     assert "because a Python branch depends on a tensor's value" in message
+    assert "def forward" not in capsys.readouterr().err, "torch's dump of the graph is not for the user"
     assert "torch.where" in message
 
 
@@ -256,3 +259,38 @@ def test_gradients_of_the_captured_graph_are_those_of_the_model(name: str) -> No
 def test_structured_leaves_a_plain_module_alone() -> None:
     with structured(Fixed()):
         pass
+
+
+class BareExperts(nn.Module):
+    """Attention of 4 x [64, 64] and experts as bare 3-D parameters [E, in, out], no nn.Linear among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(4)])
+        self.gate_up = nn.Parameter(0.1 * torch.randn(4, 64, 64))
+        self.down = nn.Parameter(0.1 * torch.randn(4, 32, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.attention:
+            x = linear(x)
+        rows = x.expand(4, *x.shape)
+        gate, up = torch.bmm(rows, self.gate_up).chunk(2, dim=-1)
+        return torch.bmm(nn.functional.silu(gate) * up, self.down).mean(0)
+
+
+def test_experts_in_bare_parameters_are_contractions_whose_weights_are_seen() -> None:
+    """Field case E1: 40 960 of 40 960 weights stand in contractions, and those of [E, in, out] run along `in`."""
+    torch.manual_seed(0)
+    model = BareExperts().eval()
+    program = simplify(capture(model, {"x": torch.randn(3, 64)}))
+    module = import_program(program)
+    reached = {
+        op.source.data: math.prod(op.result.type.get_shape())  # pyright: ignore[reportAttributeAccessIssue]
+        for op in module.walk()
+        if isinstance(op, ParameterOp) and all(isinstance(use.operation, LinearOp | MatmulOp) for use in op.result.uses)
+    }
+    assert sum(reached.values()) == 40_960
+    products = [op for op in module.walk() if isinstance(op, MatmulOp)]
+    assert [op.reduced()["other"] for op in products] == [(-2,), (-2,)]
+    x = torch.randn(5, 64)
+    assert torch.equal(Interpreter(module, WeightStore.from_state_dict(model.state_dict()))(x)[0], model(x))
