@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mxloom.backends.weight_store import WeightStore
 from mxloom.compiler.capture import CaptureError, capture, register, structured
 from mxloom.compiler.import_graph import constants, import_program
 from mxloom.compiler.simplify import simplify
+from mxloom.dialects.mx import parse_module
 from mxloom.dialects.operations.contraction import LinearOp, MatmulOp
 from mxloom.dialects.operations.parameter import ParameterOp
 
@@ -163,14 +165,21 @@ def test_generation_with_our_attention_and_a_cache_equals_eager() -> None:
     assert torch.equal(model.generate(**given), expected)
 
 
-@pytest.mark.parametrize("change", ["window", "causal", "padding"])
-def test_masks_matter(change: str) -> None:
-    """A module whose attention loses its window, its causality or its padding gives other numbers."""
+@cache
+def mistral() -> tuple[str, WeightStore]:
+    """The text of a module with a window of six tokens, and its weights."""
     torch.manual_seed(0)
     model = transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, sliding_window=6, head_dim=16)).eval()
     program = simplify(capture(model, tokens(2, 10, padding=3)))
-    module = import_program(program)
     store = WeightStore.from_state_dict({**model.state_dict(), **constants(program)})
+    return str(import_program(program)), store
+
+
+@pytest.mark.parametrize("change", ["window", "causal", "padding"])
+def test_masks_matter(change: str) -> None:
+    """A module whose attention loses its window, its causality or its padding gives other numbers."""
+    text, store = mistral()
+    module = parse_module(text)
     given = tokens(2, 12, padding=3)
     before = Interpreter(module, store)(*given.values())[0]
     (attention,) = (op for op in module.walk() if op.name == "mx.attention")
