@@ -15,17 +15,17 @@ MARKDOWN ?=
 .PHONY: help install demo demo-smollm2 test test-all check bench docs clean
 
 help:
-	@echo "install       the package and what it needs, into .venv"
+	@echo "install       the package and all that development needs, into .venv"
 	@echo "demo          compile the embedded model to seven formats and print one table"
 	@echo "demo-smollm2  the same for SmolLM2-135M-Instruct (TEXT=file, MARKDOWN=file)"
 	@echo "test          the fast tests"
 	@echo "test-all      every test"
 	@echo "check         format, lint, types, floors, fast tests: before every commit"
-	@echo "bench         the measurements in benchmarks/"
+	@echo "bench         the measurements in benchmarks/ (TEXT=file for those of published models)"
 	@echo "docs          the pages of the public names, docs/api/"
 	@echo "clean         remove what was built"
 
-install: .venv/.core
+install: .venv/.dev
 
 demo: .venv/.core
 	$(BIN)/python examples/demo.py
@@ -46,10 +46,10 @@ check: .venv/.dev
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not slow and not nightly"
 
-bench: .venv/.dev
-	@set -e; for script in benchmarks/*.py; do \
-	  if [ -e "$$script" ]; then echo "$$script"; $(BIN)/python "$$script"; else echo "no benchmark in benchmarks/"; fi; \
-	done
+bench: .venv/.dev .venv/.models
+	$(BIN)/python benchmarks/capture_table.py
+	$(if $(TEXT),$(BIN)/python benchmarks/minilm_table.py "$(TEXT)",@echo "published models: make bench TEXT=wiki.txt")
+	$(if $(TEXT),$(BIN)/python benchmarks/smollm2_table.py "$(TEXT)")
 
 docs: .venv/.core
 	$(BIN)/python docs/build_api.py
