@@ -139,8 +139,8 @@ def check_ties_groups_and_wide(results: Any) -> None:
     assert not any("proj" in name for name in wide)
 
 
-def test_inspect_folds_layers_that_repeat(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(model)]) == 0
+def test_inspect_folds_layers_that_repeat(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(artefact)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["model.layers.*.mlp.up_proj", "linear", "96x64", "2"] in [row[:4] for row in rows]
     assert ["model.layers.*.self_attn.attention", "attention", "-", "2"] in [row[:4] for row in rows]
