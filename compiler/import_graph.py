@@ -96,9 +96,12 @@ class _Importer:
             return None
         if node.op == "placeholder":
             return self._parameter(node)
-        if node.target is operator.getitem and isinstance(several := self.values.get(_node(node.args[0])), list):
-            self.values[node] = several[_int(node.args[1])]
-            return None
+        if node.target is operator.getitem:
+            several, place = node.args
+            held = self.values.get(several)  # pyright: ignore[reportArgumentType]
+            if isinstance(held, list) and isinstance(place, int):
+                self.values[node] = held[place]
+                return None
         if node.op != "call_function":
             raise MxloomError(
                 f"{_where(node)}: {node.op} {node.target} cannot be imported; "
@@ -262,14 +265,6 @@ def _equal(value: Any, default: Any) -> bool:
             and value == [*default]
         )
     return not isinstance(value, SSAValue) and type(value) is type(default) and value == default
-
-
-def _node(value: Any) -> Any:
-    return value
-
-
-def _int(value: Any) -> int:
-    return int(value)
 
 
 def module_path(node: Node) -> str:
