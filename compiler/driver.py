@@ -12,7 +12,12 @@ from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
 
 from ..backends.weight_store import WeightStore
 from ..dialects.errors import MxloomError, UsageError
+from ..dialects.operations._operation import Operation
+from ..dialects.operations.contraction import Contraction
+from ..dialects.operations.opaque import AtenOp
+from ..dialects.operations.parameter import ParameterOp
 from ..passes._context import CompileContext
+from ..passes._sites import sites
 from ..passes.quantize import RuleError
 from .compiled import Compiled
 from .model_source import ModelSource, open_model
@@ -72,9 +77,24 @@ def import_source(source: ModelSource, report: Report | None = None) -> ModuleOp
         name_outputs(module, output_names(program))
         source.imported = module
         if report:
-            operations = sum(1 for _ in module.walk())
-            report("capture", f"{operations} operations")
+            report("capture", _captured(module))
     return source.imported
+
+
+def _captured(module: ModuleOp) -> str:
+    operations = [op for op in module.walk() if isinstance(op, Operation) and not isinstance(op, ParameterOp)]
+    opaque = [op for op in operations if isinstance(op, AtenOp)]
+    contractions = sum(isinstance(op, Contraction) for op in operations)
+    kept = f"{len(opaque)} of them torch operators kept as they are" if opaque else "none of them opaque"
+    return f"{len(operations)} operations, {kept}, {contractions} contractions"
+
+
+def _typed(module: ModuleOp) -> str:
+    """How many operands a pipeline has made narrow, in how many groups of one decision."""
+    narrow = [site for site in sites(module) if not site.is_wide]
+    weights = sum(site.role == "weight" for site in narrow)
+    groups = len({site.group for site in narrow})
+    return f"{weights} weights, {len(narrow) - weights} other operands in {groups} groups"
 
 
 def run_pipeline(
@@ -94,6 +114,8 @@ def run_pipeline(
         module.verify()
         if report:
             report(step.name, str(step))
+    if report and pipeline:
+        report("formats", _typed(module))
 
 
 def provenance(source: ModelSource, pipeline: str) -> dict[str, Any]:
