@@ -106,7 +106,7 @@ def architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
-        found = auto._model_mapping.get(type(config))
+        found: Any = auto._model_mapping.get(type(config), None)
         if isinstance(found, type):
             return found
     raise MxloomError(f"{type(config).__name__}: transformers has no model for {config.architectures}.")
@@ -310,7 +310,8 @@ def _load_in_memory(model: PreTrainedModel, folder: Path, notes: list[str]) -> t
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(str(item) for item in report.get(problem) or ()):
             raise MxloomError(f"{folder}: {problem.replace('_', ' ')} on loading: {listed(found)}.")
-    if unexpected := sorted(report.get("unexpected_keys") or ()):
+    unexpected: list[str] = sorted(report.get("unexpected_keys") or [])
+    if unexpected:
         more.append(_left_over(unexpected))
     more.append("names in the checkpoint are fused or split on load: the weights were converted into memory, in f32")
     return WeightStore.from_state_dict(loaded.state_dict()), [*notes, *more]
