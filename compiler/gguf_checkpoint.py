@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ def _tensors(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     import torch
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    with _without_bar(reader):
+    with _eased(reader):
         read = reader.load_gguf_checkpoint(
             str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.float32
         )
@@ -82,11 +82,14 @@ def _tensors(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _without_bar(reader: Any) -> Iterator[None]:
-    """transformers draws this progress bar whatever its own switch says."""
-    bar = reader.tqdm
+def _eased(reader: Any) -> Iterator[None]:
+    """transformers draws a bar whatever its own switch says, and makes the same table of names for every module."""
+    import gguf
+
+    bar, names = reader.tqdm, gguf.get_tensor_name_map
     reader.tqdm = partial(bar, disable=True)
+    gguf.get_tensor_name_map = cache(names)
     try:
         yield
     finally:
-        reader.tqdm = bar
+        reader.tqdm, gguf.get_tensor_name_map = bar, names

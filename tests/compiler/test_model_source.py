@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from mxloom.compiler.model_source import ModelSource, open_model
+from mxloom.compiler.tokenizer_files import save_companions
 from mxloom.dialects.errors import MxloomError, UsageError
 
 SMALL: dict[str, Any] = {
@@ -345,5 +346,8 @@ def test_published_gguf_model(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     words = source.model.generate(**tokens, max_new_tokens=2, do_sample=False)  # pyright: ignore[reportCallIssue]
     assert source.tokenizer().decode(words[0]) == "The capital of France is Paris."
     source.model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    save_companions(source.files, tmp_path)
     again = open_model(tmp_path)
+    text = "Block-scaled formats, 4.25 bits: naïve?\n"
+    assert again.tokenizer()(text)["input_ids"] == source.tokenizer()(text)["input_ids"]
     assert all(again.weights[name].equal(source.weights[name]) for name in source.model.state_dict())
