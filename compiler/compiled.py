@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
 
+SEQUENCE = 512
+"""Tokens of the forward that costs are stated for where nothing else is said."""
+
+
 @dataclass
 class Compiled:
     """A typed module, its weights, and the model it came from.
@@ -86,16 +90,23 @@ class Compiled:
             raise UsageError(f"{self.source.name}: input {missing[0]!r} is missing; its inputs are {', '.join(names)}")
         return [given[n] for n in names]
 
-    def cost(self, *, batch: int = 1, sequence: int = 512) -> Cost:
-        """Bits, bytes, MACs and memory traffic, per site and in total, for one forward of batch x sequence."""
+    def cost(self, *, batch: int = 1, sequence: int | None = None) -> Cost:
+        """Bits, bytes, MACs and memory traffic, per site and in total, for one forward of batch x sequence.
+
+        The sequence is 512 where none is given, or what the model's table of positions holds if that is less.
+        """
         return cost(self.module, self.weights, sizes=self.sizes(batch, sequence))
 
-    def coverage(self, *, batch: int = 1, sequence: int = 512) -> Coverage:
-        """Which share of MACs and bytes has which format, and what stayed wide, and why."""
+    def coverage(self, *, batch: int = 1, sequence: int | None = None) -> Coverage:
+        """Which share of MACs and bytes has which format, and what stayed wide, and why; sizes as in `cost`."""
         return coverage(self.module, self.weights, sizes=self.sizes(batch, sequence))
 
-    def sizes(self, batch: int, sequence: int) -> list[tuple[int, ...]]:
+    def sizes(self, batch: int, sequence: int | None = None) -> list[tuple[int, ...]]:
         """The shape of every input, its dynamic sizes filled in: the first is the batch, the others the sequence."""
+        from .evaluated import positions
+
+        if sequence is None:
+            sequence = min(SEQUENCE, positions(self.source.config) or SEQUENCE)
         shapes = [shape_of(a) for a in self.function.body.block.args]
         fill = (batch, *[sequence] * 8)
         return [tuple(f if d == UNKNOWN else d for d, f in zip(shape, fill, strict=False)) for shape in shapes]

@@ -75,6 +75,10 @@ def import_source(source: ModelSource, report: Report | None = None) -> ModuleOp
             if name not in source.weights:
                 source.weights.put(name, value)
         name_outputs(module, output_names(program))
+        parameters = [op for op in module.walk() if isinstance(op, ParameterOp)]
+        for op in parameters:  # export names a tied weight by its last use, checkpoints by its first
+            op.source = StringAttr(source.weights.canonical(op.source.data))
+        source.weights.check_finite(dict.fromkeys(op.source.data for op in parameters))
         source.imported = module
         if report:
             report("capture", _captured(module))

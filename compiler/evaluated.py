@@ -106,7 +106,7 @@ def _opened(path: Path) -> Compiled | ModelSource:
 
 def _compiled(compiled: Compiled) -> Evaluated:
     source = compiled.source
-    return Evaluated(source.name, source.task, "f32", _positions(source.config), compiled, source)
+    return Evaluated(source.name, source.task, "f32", positions(source.config), compiled, source)
 
 
 def _module(model: nn.Module, source: ModelSource | None) -> Evaluated:
@@ -123,7 +123,7 @@ def _module(model: nn.Module, source: ModelSource | None) -> Evaluated:
             return _call(model, {**inputs, "use_cache": False})
         return _call(model, inputs)
 
-    return Evaluated(name, task, dtype, _positions(config), call, source)
+    return Evaluated(name, task, dtype, positions(config), call, source)
 
 
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -142,7 +142,7 @@ def _evaluating(model: nn.Module):
         model.train(training)
 
 
-def _positions(config: Any) -> int | None:
+def positions(config: Any) -> int | None:
     """Positions that a model with a table of them has; rotary models have no hard limit, so theirs is not one."""
     if config is None or getattr(config, "rope_parameters", None) is not None:
         return None

@@ -48,7 +48,7 @@ def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
         name = free.pop() if free else _second_name(source, op, position)
         weights.put_encoded(name, value)
         stored = ParameterOp.build(result_types=[op.result.type], properties={"source": StringAttr(name)})
-        stored.result.name_hint = name if name == source else op.result.name_hint
+        stored.result.name_hint = parameter.result.name_hint if name == source else op.result.name_hint
         Rewriter.insert_op(stored, InsertPoint.before(op))
         op.result.replace_all_uses_with(stored.result)
         Rewriter.erase_op(op)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mxloom.compiler.driver import compile, run_pipeline
-from mxloom.dialects.errors import UsageError
+from mxloom.dialects.errors import MxloomError, UsageError
 
 
 class Model(nn.Module):
@@ -99,3 +99,19 @@ def test_experts_in_bare_three_dimensional_parameters_are_quantized_along_their_
     assert total.weight_bits == 4.25
     types = {str(op.result.type.element_type) for op in compiled.packed()[0].walk() if op.name == "mx.parameter"}
     assert types == {"!mx.block<32xf4E2M1FN>", "!mx.block<32x1xf4E2M1FN>"}
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = Model()
+    with torch.no_grad():
+        model.language_model["first"].weight[3, 5] = torch.inf
+    with pytest.raises(MxloomError, match=r"language_model.first.weight: 1 of 4096 values are NaN or infinite"):
+        compile(model, weights="mxfp4", example=example())
+
+
+def test_costs_of_a_model_with_a_short_table_of_positions():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    compiled = compile(GPT2LMHeadModel(config), weights="mxfp4")
+    assert compiled.cost().inputs[0] == (1, 32)

@@ -81,6 +81,17 @@ def test_logits_and_generated_tokens_are_those_of_the_compiled_model(name: str):
     assert torch.equal(produced, ids)
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+def test_wide_logits_are_those_of_the_model(name: str):
+    wide = compiled(name, {"version": 1, "quantize": [{"keep": "f32"}]})
+    ids, mask = prompt()
+    with torch.no_grad():
+        expected = wide.source.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = wide.to_hf()(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(wide(input_ids=ids, attention_mask=mask).logits, expected)
+    assert torch.equal(logits, expected)
+
+
 def test_the_source_model_stays_as_it_was():
     emulated = compiled("llama_tied")
     before = {name: tensor.clone() for name, tensor in emulated.source.model.state_dict().items()}
