@@ -1,13 +1,14 @@
 """SmolLM2-135M-Instruct by the protocol of the independent figures, format by format (run: smollm2_table.py TEXT).
 
 Weights and input activations of every linear but `lm_head`; f32 elsewhere. The first 200 000 characters of the text,
-windows of 512, the first 16; KL and top-1 over the first 4. `--only NAME` measures the rows whose name contains NAME.
+windows of 512, the first 16; KL and top-1 over the first 4. `--only PATTERN`: the rows in whose name it is found.
 `--attention sdpa` measures `to_hf()` with torch's fused attention, whose sums have another order, in place of eager's.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     for weights, activations, rule, *expected in ROWS:
         name = weights if activations else f"{weights}, weights only"
-        if options.only not in f"{name} {rule}":
+        if not re.search(options.only, f"{name} {rule}"):
             continue
         formats = {"weights": weights, "activations": activations, "scale_rule": rule}
         given = {key: value for key, value in formats.items() if value}
