@@ -37,7 +37,7 @@ class Quantize(ModulePass):
     of the model, a glob, or `re:` and a regular expression that is searched for. `kind` narrows the rule to
     operations (`linear`, `conv`, `matmul`, `attention`, `expert_linear`; an embedding, which is a look-up and no
     contraction, only where `kind` names it). A role without a format stays wide, and so does everything that `keep`
-    matches: `keep=f32` leaves it, `keep=bf16` rounds its operands to bf16.
+    matches: `keep=f32` leaves it, `keep=bf16` rounds its operands to bf16. `seed` starts stochastic rounding.
     Raises `RuleError` where the rule, or one of its formats, changes nothing.
     """
 
@@ -52,6 +52,7 @@ class Quantize(ModulePass):
     keep: str | None = None
     scale_rule: str | None = None
     rounding: str = "rne"
+    seed: int = 0
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         every = sites(op)
@@ -72,7 +73,7 @@ class Quantize(ModulePass):
                 what = f"{role}={format!r} has no effect"
                 raise RuleError(rule, f"{what}: none of the modules that {self.match!r} matches has such an operand")
             for site in concerned:
-                site.retype(format, Rounding(self._scale_rule(site.layout(format)), self.rounding))
+                site.retype(format, self._how(site.layout(format)))
         for site in chosen:
             site.operation.attributes["rule"] = IntegerAttr(rule, 64)
 
@@ -102,6 +103,9 @@ class Quantize(ModulePass):
         for kind in self.kind:
             if kind not in (*CONTRACTIONS, "embedding"):
                 raise RuleError(rule, f"unknown kind {kind!r}{did_you_mean(kind, (*CONTRACTIONS, 'embedding'))}")
+
+    def _how(self, format: Attribute) -> Rounding:
+        return Rounding(self._scale_rule(format), self.rounding, seed=self.seed)
 
     def _scale_rule(self, format: Attribute) -> str | None:
         """The rule's own where the format has power-of-two scales; other scales have one rule only."""
