@@ -9,6 +9,8 @@ DEV := --requirement requirements/dev.txt
 
 # Two workers with one thread each: the tests are many and small, more threads only fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Threads that wait sleep: on a machine that others use too, spinning costs several times the work.
+DEMO := OMP_WAIT_POLICY=passive $(BIN)/python
 TEXT ?=
 MARKDOWN ?=
 
@@ -28,10 +30,10 @@ help:
 install: .venv/.dev
 
 demo: .venv/.core
-	$(BIN)/python examples/demo.py
+	$(DEMO) examples/demo.py
 
 demo-smollm2: .venv/.core .venv/.models
-	$(BIN)/python examples/demo_smollm2.py $(if $(TEXT),--text "$(TEXT)") $(if $(MARKDOWN),--markdown "$(MARKDOWN)")
+	$(DEMO) examples/demo_smollm2.py $(if $(TEXT),--text "$(TEXT)") $(if $(MARKDOWN),--markdown "$(MARKDOWN)")
 
 test: .venv/.dev
 	$(PYTEST) -m "not slow and not nightly"
