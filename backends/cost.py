@@ -167,7 +167,8 @@ def _stored_formats(op: ParameterOp) -> list[Attribute | None]:
     for use in op.result.uses:
         reader = use.operation
         format = cast(TensorType, reader.result.type).element_type if isinstance(reader, CastOp) else None
-        formats.append(None if format is None or (is_wide(format) and format == own) else format)
+        # A cast into another wide type rounds when the weight is read; what is stored is the checkpoint's tensor.
+        formats.append(None if format is None or is_wide(format) else format)
     return list(dict.fromkeys(formats))
 
 
@@ -197,6 +198,7 @@ def _contracted(op: Contraction, shapes: Shapes) -> Contracted:
         traffic += -(-storage_bits(cast(TensorType, result.type).element_type, shapes[result]) // 8)
     rule = op.attributes.get("rule")
     why = f"rule {rule.value.data} leaves it" if isinstance(rule, IntegerAttr) else NO_RULE
+    why = why if wide else ""
     name = path_of(op.results[0]) or op.name
     macs = op.macs(lambda v: shapes[v])
     return Contracted(name, op.name.removeprefix("mx."), macs, operands, tuple(wide), why, elements, bits, traffic)

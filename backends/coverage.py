@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,16 +33,29 @@ class Coverage:
 
     def summary(self) -> str:
         by_format = ", ".join(f"{name} {share:.1%}" for name, share in sorted(self.macs.items(), key=lambda kv: -kv[1]))
-        kept = [f"{name} ({share:.1%} of MACs: {why})" for name, share, why in self.wide if share >= 0.005]
-        rest = len(self.wide) - len(kept)
-        lines = [f"{self.quantized_macs:.1%} of MACs quantized: {by_format}"]
-        if kept or rest:
-            lines.append(
-                "kept wide: "
-                + "; ".join(kept[:8])
-                + (f"; and {len(kept) - 8 + rest} more" if len(kept) > 8 or rest else "")
-            )
+        lines = [f"{self.quantized_macs:.1%} of MACs with every operand quantized: {by_format}"]
+        if self.weights_only_macs:
+            lines.append(f"{self.weights_only_macs:.1%} of MACs with the weight alone quantized")
+        kept = self._kept()
+        if kept:
+            rest = f"; and {len(kept) - 8} more" if len(kept) > 8 else ""
+            lines.append(f"kept wide: {'; '.join(kept[:8])}{rest}")
         return "\n".join(lines)
+
+    def _kept(self) -> list[str]:
+        """What stayed wide, the largest share first; layers that differ in their number alone stand together."""
+        shares: dict[tuple[str, str], dict[str, float]] = {}
+        operands: dict[tuple[str, str], dict[str, None]] = {}
+        for name, share, why in self.wide:
+            module, _, operand = name.rpartition(".")
+            key = re.sub(r"(?<=\.)\d+(?=\.)", "*", module), why
+            shares.setdefault(key, {})[module] = share
+            operands.setdefault(key, {})[operand] = None
+        order = sorted(shares, key=lambda key: -sum(shares[key].values()))
+        return [
+            f"{name} ({', '.join(operands[name, why])}; {sum(shares[name, why].values()):.1%} of MACs: {why})"
+            for name, why in order
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

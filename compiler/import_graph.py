@@ -169,7 +169,7 @@ class _Importer:
         if place is not None:
             made.location = place
         path = module_path(node)
-        name = path if path and _is_module(made) else f"{path}.{node.name}" if path else node.name
+        name = path if path and _is_module(made) else f"{path}.{_plain(node.name)}" if path else node.name
         for result in made.results:
             result.name_hint = self._unique(name)
 
@@ -205,6 +205,11 @@ def _declared() -> dict[str, list[tuple[type[TorchOperation], Aten]]]:
             for aten in operation.ATEN:
                 found.setdefault(aten.target, []).append((operation, aten))
     return found
+
+
+def _plain(node_name: str) -> str:
+    """A node's name without the number that tells it from nodes of other modules: `attention_1` as `attention`."""
+    return re.sub(r"(?<=[a-zA-Z])_\d+$", "", node_name)
 
 
 def _is_module(operation: Operation) -> bool:

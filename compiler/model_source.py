@@ -105,6 +105,11 @@ def open_model(
         raise UsageError(f"unknown kind {kind!r}{did_you_mean(kind, TASKS)}; these are: {', '.join(TASKS)}.")
     if isinstance(source, ModelSource):
         return source
+    if example is not None and not isinstance(example, Mapping):
+        raise UsageError(
+            f"example is a {type(example).__name__}; give a dictionary, inputs by the names of forward's arguments: "
+            "example={'input': tensor}."
+        )
     opened = _open_path(Path(source)) if isinstance(source, str | Path) else _open_module(source, example)
     if kind is not None:
         opened.task = kind

@@ -150,4 +150,7 @@ def nearest(pattern: str, modules: Iterable[str]) -> str:
     """The module whose last part is that of the pattern: `lm_head` finds `language_model.lm_head`."""
     last = pattern.strip("*.").rsplit(".", 1)[-1]
     near = [m for m in modules if m.rsplit(".", 1)[-1] == last and last]
-    return f' (did you mean "{near[0]}"?)' if near else "; `mxloom inspect` lists them"
+    if near:
+        return f' (did you mean "{near[0]}"?)'
+    parts = dict.fromkeys(m.rsplit(".", 1)[-1] for m in modules)
+    return did_you_mean(last, parts) or "; `mxloom inspect` lists them"

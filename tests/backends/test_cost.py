@@ -1,5 +1,9 @@
 """The cost model against counts by hand, and bits against the field case of honest bits (C2)."""
 
+# Operations are looked up by name, so their fields are not known to the type checker.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportIndexIssue=false
+
 import pytest
 import torch
 
@@ -91,3 +95,20 @@ def test_honest_bits_of_the_field_case():
     stored = sum(packed[n].numel() * packed[n].element_size() for n in packed)
     assert abs(8 * stored / total.parameters - total.weight_bits) < 0.01
     assert cost(module, packed, [(1, 32)]).weight_bits == total.weight_bits, "one function before and after packing"
+
+
+def test_a_weight_kept_in_another_wide_type_is_stored_and_counted_once():
+    """A tied table that one reader takes in bf16 and another as it is, lies in the file once."""
+    module = parse_module(LINEAR)
+    Quantize(match="a", keep="bf16").apply(context(), module)
+    total = cost(module, weights(torch.bfloat16), [(1, 64)])
+    assert total.parameters == 64 * 64 + 32 * 64
+    assert total.bytes == 2 * total.parameters
+
+
+def test_the_summary_of_coverage_names_the_largest_first_and_counts_nothing_twice():
+    share = coverage(quantized(match="b", weights="mxfp4", activations="mxint8"), weights(), [(5, 64)])
+    assert share.summary().splitlines() == [
+        "33.3% of MACs with every operand quantized: f32 66.7%, mxfp4 x mxint8 33.3%",
+        "kept wide: a (input, weight; 66.7% of MACs: no rule matches it)",
+    ]

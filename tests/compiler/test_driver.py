@@ -1,5 +1,9 @@
 """`mxloom.compile`: recipes, errors with file and line, and the pipeline string that repeats a run."""
 
+# Operations are looked up by name, so their fields are not known to the type checker.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportIndexIssue=false
+
 from pathlib import Path
 
 import pytest

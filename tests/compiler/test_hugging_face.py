@@ -1,5 +1,10 @@
 """`to_hf()`: the numerics of the typed module, with the cache and sampling of transformers."""
 
+# What a module holds by name is typed as a tensor or a module.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -8,7 +13,7 @@ from mxloom.compiler.compiled import Compiled
 from mxloom.compiler.driver import compile
 from mxloom.dialects.errors import MxloomError
 
-WIDTHS = {
+WIDTHS: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -21,7 +26,7 @@ WIDTHS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-OTHER = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
+OTHER: dict[str, Any] = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
 
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**WIDTHS),

@@ -1,12 +1,17 @@
 """The main job on the embedded model: compile, evaluate, count, save, load, generate."""
 
+# Operations are looked up by name, so their fields are not known to the type checker.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportIndexIssue=false
+
 import json
 from pathlib import Path
 
-import mxloom
 import pytest
 import torch
 from safetensors import safe_open
+
+import mxloom
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "models" / "kjv-2m"
@@ -61,7 +66,9 @@ def test_formats_rank_as_theory_says(wide: mxloom.Compiled):
     told = mxloom.remembered(wide)
     divergence = {}
     for format in ("mxint8", "mxfp8_e4m3", "mxfp4", "mxint4"):
-        quantized = mxloom.compile(wide.source, {"quantize": [{"kind": "linear", "weights": format, "activations": format}]})
+        quantized = mxloom.compile(
+            wide.source, {"quantize": [{"kind": "linear", "weights": format, "activations": format}]}
+        )
         divergence[format] = mxloom.evaluate(quantized, text, against=told, context=256, limit=4).against.kl_mean
     assert 0 < divergence["mxint8"] < divergence["mxfp8_e4m3"] < divergence["mxfp4"]
     assert divergence["mxint8"] < divergence["mxint4"]

@@ -1,5 +1,9 @@
 """`pack`: the stored parameter decodes to what the cast computed, once for each format in which it is read."""
 
+# Operations are looked up by name, so their fields are not known to the type checker.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportIndexIssue=false
+
 import pytest
 import torch
 

@@ -1,5 +1,9 @@
 """`quantize`: first match wins, one cast for each value and format, nothing without effect."""
 
+# Operations are looked up by name, so their fields are not known to the type checker.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportIndexIssue=false
+
 import pytest
 
 from mxloom.dialects.mx import context, parse_module
