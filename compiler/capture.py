@@ -26,6 +26,18 @@ class CaptureError(MxloomError):
     """A model that cannot be captured: where its code stops the export, by which rule, and what to do."""
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, dropout is off and running statistics are used; afterwards each part has the mode it had."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 def capture(
     model: nn.Module, example: Mapping[str, Tensor], *, dynamic: bool | Mapping[str, Collection[int]] = True
 ) -> ExportedProgram:
@@ -45,8 +57,7 @@ def capture(
     def export() -> ExportedProgram:
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
 
-    model.eval()
-    with structured(model), wide(model), torch.no_grad(), _quiet_specs():
+    with _evaluating(model), structured(model), wide(model), torch.no_grad(), _quiet_specs():
         try:
             # torch prints the graph so far to stderr before it raises; the error says it better.
             with redirect_stderr(io.StringIO()) as printed:

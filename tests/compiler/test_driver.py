@@ -65,6 +65,25 @@ def test_the_compiled_module_is_called_like_the_model():
         assert torch.equal(wide(x=x), model(x))
 
 
+def test_a_model_in_training_is_captured_as_it_evaluates_and_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Dropout(0.5)).train()
+    model[2].eval()
+    x = torch.randn(6, 64)
+    model(x)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wide = compile(model, example={"input": torch.randn(3, 64)})
+    assert [part.training for part in model] == [True, True, False]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(wide(x), model.eval()(x))
+
+
+def test_example_inputs_that_are_no_dictionary_are_refused():
+    with pytest.raises(UsageError, match="example is a Tensor; give a dictionary"):
+        compile(Model(), weights="mxfp4", example=torch.ones(2, 64))
+
+
 def test_a_wrong_input_is_named():
     wide = compile(Model(), example=example())
     with pytest.raises(UsageError, match="unknown input 'y'; its inputs are x"):
