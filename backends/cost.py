@@ -197,7 +197,7 @@ def _contracted(op: Contraction, shapes: Shapes) -> Contracted:
     for result in op.results:
         traffic += -(-storage_bits(cast(TensorType, result.type).element_type, shapes[result]) // 8)
     rule = op.attributes.get("rule")
-    why = f"rule {rule.value.data} leaves it" if isinstance(rule, IntegerAttr) else NO_RULE
+    why = f"rule {rule.value.data} gives it no format" if isinstance(rule, IntegerAttr) else NO_RULE
     why = why if wide else ""
     name = path_of(op.results[0]) or op.name
     macs = op.macs(lambda v: shapes[v])

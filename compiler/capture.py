@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import logging
 import sys
 import traceback
 import warnings
@@ -10,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
-from ..dialects.errors import MxloomError
+from ..dialects.errors import MxloomError, did_you_mean
 from .attention_interface import register, structured
 from .dynamic_sizes import Dims, dynamic_dims, frozen, model_frame
 from .precision import wide
@@ -50,6 +52,7 @@ def capture(
     """
     import torch
 
+    _check_names(model, example)
     wanted = dynamic_dims(example, dynamic)
     _check_example(model, example, wanted)
     shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in wanted.items()}
@@ -57,13 +60,13 @@ def capture(
     def export() -> ExportedProgram:
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
 
-    with _evaluating(model), structured(model), wide(model), torch.no_grad(), _quiet_specs():
+    with _evaluating(model), structured(model), wide(model), torch.no_grad(), _quiet():
         try:
             # torch prints the graph so far to stderr before it raises; the error says it better.
             with redirect_stderr(io.StringIO()) as printed:
                 program = export()
         except Exception as error:
-            raise CaptureError(_explain(error, model)) from error
+            raise CaptureError(_fault_of_example(model, example) or _explain(error, model)) from error
         sys.stderr.write(printed.getvalue())
         found = frozen(program, wanted, export)
         if found is not None:
@@ -77,11 +80,17 @@ def capture(
 
 
 @contextmanager
-def _quiet_specs() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """torch copies its own pytree specs in a way that it deprecates itself; nobody here can do anything about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        yield
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints what it then raises
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_example(model: nn.Module, example: Mapping[str, Tensor], wanted: Dims) -> None:
@@ -95,6 +104,55 @@ def _check_example(model: nn.Module, example: Mapping[str, Tensor], wanted: Dims
                 )
 
 
+def _check_names(model: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Every input is an argument of forward, and every argument without a default is given."""
+    import torch
+
+    for name, value in example.items():
+        if not isinstance(value, torch.Tensor):
+            raise CaptureError(
+                f"{type(model).__name__}: the example's {name!r} is a {type(value).__name__}; every input is a tensor. "
+                "Other arguments of forward: wrap the model in a module that sets them"
+            )
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    named = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)]
+    unknown = [name for name in example if name not in named]
+    if unknown:
+        raise CaptureError(
+            f"{type(model).__name__}: the example has {unknown[0]!r}, which is no argument of its forward"
+            f"{did_you_mean(unknown[0], named)}; these are: {', '.join(named)}"
+        )
+    missing = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in example]
+    if missing:
+        raise CaptureError(f"{type(model).__name__}: the example lacks {missing[0]!r}, which its forward needs")
+
+
+def _fault_of_example(model: nn.Module, example: Mapping[str, Tensor]) -> str | None:
+    """The message where the model itself, run as it is, does not take the example."""
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        return None
+    try:
+        model(**example)
+    except Exception as error:
+        where = _place(model_frame(traceback.extract_tb(error.__traceback__)))
+        return (
+            f"{type(model).__name__} does not run on the example: {_first_line(error)}\n  at {where}\n"
+            f"  do: give example inputs that model(**example) takes; these have the shapes {_shapes(example)}"
+        )
+    return None
+
+
+def _shapes(example: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in example.items())
+
+
+def _first_line(error: Exception) -> str:
+    kind = type(error).__name__
+    return f"{kind}: {str(error).splitlines()[0][:200]}" if str(error).strip() else kind
+
+
 def _explain(error: Exception, model: nn.Module) -> str:
     """One message: the model's own file and line, the rule, what to do."""
     kind = type(error).__name__
@@ -102,7 +160,7 @@ def _explain(error: Exception, model: nn.Module) -> str:
         rule = "a Python branch depends on a tensor's value"
         advice = "write it with torch.where or torch.cond, or keep the branch outside the model"
     else:
-        rule = f"{kind}: {str(error).splitlines()[0][:200]}" if str(error) else kind
+        rule = _first_line(error)
         advice = "export needs a forward that is free of side effects and takes the example's inputs by name"
     where = _place(model_frame(traceback.extract_tb(error.__traceback__)))
     return f"{type(model).__name__} cannot be captured\n  at {where}\n  because {rule}\n  do: {advice}"

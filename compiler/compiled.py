@@ -41,6 +41,10 @@ class Compiled:
     pipeline: str = ""
     recipe: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    evaluation: Any = None
+
+    def __repr__(self) -> str:
+        return f"<Compiled {self.source.name} ({self.source.task}): {self.pipeline or 'all wide'}>"
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
         results = self.emulation(*self.arguments(*inputs, **named))
@@ -129,9 +133,25 @@ class Compiled:
             "recipe": self.recipe,
             "cost": self.cost().to_json(),
             "coverage": self.coverage().to_json(),
-            "notes": list(self.source.notes),
+            "evaluation": self.evaluation and self.evaluation.to_json(),
+            "notes": self.notes(),
             "provenance": self.provenance,
         }
+
+    def _twice_stored(self) -> list[str]:
+        """A line for each weight that its uses read in different formats, which the file holds once for each."""
+        formats = dict[str, list[str]]()
+        for tensor in self.cost().tensors:
+            formats.setdefault(self.weights.canonical(tensor.name), []).append(tensor.format)
+        return [
+            f"{name} is stored {len(own)} times, as {' and '.join(own)}: its uses read it in different formats"
+            for name, own in formats.items()
+            if len(own) > 1
+        ]
+
+    def notes(self) -> list[str]:
+        """What is unusual: about the checkpoint, and about what the formats did to it."""
+        return [*self.source.notes, *self._twice_stored()]
 
     def save(self, directory: str | Path) -> Path:
         """Write the artefact folder (see `mxloom.load`)."""

@@ -44,6 +44,7 @@ def compile(
 
     The formats come from a recipe (a file, a dictionary, or a `Recipe`), or from `weights` and `activations`, which
     then hold for every contraction. Without either, the module stays wide.
+    A recipe's `evaluate` is carried out: the result's `evaluation`.
     Raises MxloomError with what to do where the model cannot be read or captured or a rule has no effect.
     """
     tell = report or (lambda step, line: None)
@@ -52,7 +53,7 @@ def compile(
     module = import_source(source, tell).clone()
     pipeline = chosen.pipeline() if chosen else ""
     run_pipeline(module, source.weights, pipeline, chosen, tell)
-    return Compiled(
+    compiled = Compiled(
         module=module,
         weights=source.weights,
         source=source,
@@ -60,6 +61,23 @@ def compile(
         recipe=chosen.to_json() if chosen else None,
         provenance=provenance(source, pipeline),
     )
+    if chosen and chosen.evaluate:
+        compiled.evaluation = _evaluated(compiled, chosen)
+        tell("evaluate", str(compiled.evaluation).replace("\n", "; "))
+    return compiled
+
+
+def _evaluated(compiled: Compiled, recipe: Recipe) -> Any:
+    """What the recipe's `evaluate` asks for; its paths are found from the recipe's folder."""
+    from .evaluation import evaluate
+
+    wanted = recipe.evaluate
+    assert wanted is not None
+    folder = recipe.path.parent if recipe.path else Path()
+    against: Any = None
+    if wanted.against is not None:
+        against = compiled.source if wanted.against == "float" else folder / wanted.against
+    return evaluate(compiled, folder / wanted.text, context=wanted.context, limit=wanted.limit, against=against)
 
 
 def import_source(source: ModelSource, report: Report | None = None) -> ModuleOp:
@@ -151,7 +169,14 @@ def _recipe(recipe: Any, weights: str | None, activations: str | None) -> Recipe
         return Recipe.from_dict({"version": 1, "quantize": [rule]})
     if recipe is None or isinstance(recipe, Recipe):
         return recipe
-    return Recipe.from_dict(dict(recipe)) if isinstance(recipe, Mapping) else Recipe.from_file(Path(recipe))
+    if isinstance(recipe, Mapping):
+        return Recipe.from_dict(dict(recipe))
+    if isinstance(recipe, str | Path):
+        return Recipe.from_file(recipe)
+    raise UsageError(
+        f"a recipe is a {type(recipe).__name__}; give a file, a dictionary or a Recipe. Inputs to capture the model "
+        "with go into example={'name of forward argument': tensor}"
+    )
 
 
 def _at_line(error: RuleError, recipe: Recipe | None) -> MxloomError:

@@ -31,6 +31,7 @@ class Evaluated:
     positions: int | None
     call: Callable[..., Any]
     source: ModelSource | None
+    config: Any = None
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits [sequence, vocabulary] for tokens [sequence], run alone, so that nothing is padding."""
@@ -106,7 +107,7 @@ def _opened(path: Path) -> Compiled | ModelSource:
 
 def _compiled(compiled: Compiled) -> Evaluated:
     source = compiled.source
-    return Evaluated(source.name, source.task, "f32", positions(source.config), compiled, source)
+    return Evaluated(source.name, source.task, "f32", positions(source.config), compiled, source, source.config)
 
 
 def _module(model: nn.Module, source: ModelSource | None) -> Evaluated:
@@ -123,7 +124,7 @@ def _module(model: nn.Module, source: ModelSource | None) -> Evaluated:
             return _call(model, {**inputs, "use_cache": False})
         return _call(model, inputs)
 
-    return Evaluated(name, task, dtype, positions(config), call, source)
+    return Evaluated(name, task, dtype, positions(config), call, source, config)
 
 
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -66,6 +66,7 @@ class Evaluation:
     windows: int
     window_nll: tuple[float, ...]
     protocol: str
+    text_sha256: str
     against: Comparison | None = None
 
     def summary(self) -> str:
@@ -158,7 +159,9 @@ def _negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
 def _evaluation(sums: Sequence[float], protocol: Protocol, against: Comparison | None = None) -> Evaluation:
     tokens = protocol.windows * (protocol.context - 1)
     mean = math.fsum(sums) / tokens
-    return Evaluation(math.exp(mean), mean, tokens, protocol.windows, tuple(sums), str(protocol), against)
+    return Evaluation(
+        math.exp(mean), mean, tokens, protocol.windows, tuple(sums), str(protocol), protocol.sha256, against
+    )
 
 
 def _compared(candidate: Evaluated, reference: Evaluated, windows: Sequence[Tensor], protocol: Protocol) -> Evaluation:

@@ -29,12 +29,15 @@ class Protocol:
     windows: int
     context: int
     dtype: str
+    trained: int | None = None
+    """Positions that the model was made for, where the windows are longer (rotary models run beyond them, badly)."""
 
     def __str__(self) -> str:
         part = "" if self.characters is None else f", first {grouped(self.characters)} characters"
         return (
             f"{self.text} sha256 {self.sha256[:8]}…{part}, {grouped(self.windows)} windows of {grouped(self.context)}, "
             f"no overlap, BOS no, {grouped(self.windows * (self.context - 1))} tokens, {self.dtype}"
+            + ("" if self.trained is None else f"; longer than the {self.trained} positions the model was made for")
         )
 
 
@@ -61,7 +64,13 @@ def windows_of(
             "take a longer text or a smaller context."
         )
     windows = torch.tensor(tokens[: count * context]).reshape(count, context)
-    return windows.unbind(), Protocol(name, digest, characters, count, context, model.dtype)
+    return windows.unbind(), Protocol(name, digest, characters, count, context, model.dtype, _exceeded(model, context))
+
+
+def _exceeded(model: Evaluated, context: int) -> int | None:
+    """What the configuration states as the most positions, where a window has more."""
+    stated = getattr(model.config, "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and context > stated else None
 
 
 def _check(model: Evaluated, context: int, limit: int | None, characters: int | None) -> None:

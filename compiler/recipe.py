@@ -92,7 +92,10 @@ class Rule(_Strict):
 class Evaluate(_Strict):
     """How the result is judged after compiling."""
 
-    text: Word = Field(description="file of the text whose perplexity is measured")
+    text: Word = Field(description="file of the text whose perplexity is measured, from the recipe's folder")
+    against: Word | None = Field(
+        None, description="the reference: `float`, the same model as it came, or a path from the recipe's folder"
+    )
     context: int = Field(512, ge=2, description="tokens of one window")
     limit: int | None = Field(None, ge=1, description="number of windows; all if left out")
 

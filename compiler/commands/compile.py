@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...dialects.errors import UsageError
 from . import _json
 
 if TYPE_CHECKING:
     from ..compiled import Compiled
-    from ..evaluation import Evaluation
-    from ..progress import Progress
     from ..recipe import Recipe
 
 summary = "give number formats to a model's tensors and write it as one folder"
@@ -37,14 +35,12 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = _recipe(args)
     _check_out(Path(args.out))
-    progress = Progress()
-    with progress.working(f"compiling {args.model}") as report:
+    with Progress().working(f"compiling {args.model}") as report:
         compiled = compile(args.model, recipe, report=report)
         report("cost", compiled.cost().summary())
-    evaluation = _evaluated(compiled, recipe, progress)
+    replaced = Path(args.out).exists()
     folder = compiled.save(args.out)
-    results = compiled.report() | {"folder": str(folder), "evaluation": evaluation and evaluation.to_json()}
-    _json.write(results) if args.json else _print(compiled, evaluation, folder)
+    _json.write(compiled.report() | {"folder": str(folder)}) if args.json else _print(compiled, folder, replaced)
     return 0
 
 
@@ -73,21 +69,13 @@ def _check_out(folder: Path) -> None:
         raise UsageError(f"--out {folder} is there and was not written by mxloom compile: name a new folder")
 
 
-def _evaluated(compiled: Compiled, recipe: Recipe, progress: Progress) -> Evaluation | None:
-    """What the recipe's `evaluate` asks for; its text is found from the recipe's folder."""
-    wanted = recipe.evaluate
-    if wanted is None:
-        return None
-    from ..evaluation import evaluate
-
-    text = (recipe.path.parent if recipe.path else Path()) / wanted.text
-    with progress.working("evaluating"):
-        return evaluate(compiled, text, context=wanted.context, limit=wanted.limit)
-
-
-def _print(compiled: Compiled, evaluation: Any, folder: Path) -> None:
+def _print(compiled: Compiled, folder: Path, replaced: bool) -> None:
     print(compiled.coverage().summary())
     print(compiled.cost().summary())
-    if evaluation is not None:
-        print(evaluation)
-    print(f"wrote {folder} ({', '.join(sorted(file.name for file in folder.iterdir()))})")
+    for note in compiled.notes():
+        print(f"note: {note}")
+    if compiled.evaluation is not None:
+        print(compiled.evaluation)
+    print(
+        f"{'replaced' if replaced else 'wrote'} {folder} ({', '.join(sorted(file.name for file in folder.iterdir()))})"
+    )

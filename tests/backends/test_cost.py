@@ -63,7 +63,7 @@ def test_coverage_lists_what_stayed_wide_and_why():
     assert share.quantized_macs == 0
     assert share.weights_only_macs == pytest.approx(2 / 3)
     assert [(name, why) for name, _, why in share.wide] == [
-        ("a.input", "rule 1 leaves it"),
+        ("a.input", "rule 1 gives it no format"),
         ("b.input", "no rule matches it"),
         ("b.weight", "no rule matches it"),
     ]

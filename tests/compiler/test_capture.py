@@ -143,7 +143,9 @@ def test_an_example_of_batch_one_is_refused() -> None:
 
 
 def test_an_example_with_a_wrong_name_is_refused() -> None:
-    with pytest.raises(CaptureError, match="missing a required argument: 'signal'"):
+    with pytest.raises(
+        CaptureError, match="the example has 'x', which is no argument of its forward; these are: signal"
+    ):
         capture(DataBranch(), {"x": torch.randn(4, 8)})
 
 

@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportIndexIssue=false
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from mxloom.compiler.driver import compile, run_pipeline
+from mxloom.compiler.evaluation import evaluate
 from mxloom.dialects.errors import MxloomError, UsageError
 
 
@@ -138,3 +140,52 @@ def test_costs_of_a_model_with_a_short_table_of_positions():
     config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
     compiled = compile(GPT2LMHeadModel(config), weights="mxfp4")
     assert compiled.cost().inputs[0] == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (
+            {"x": torch.zeros(2, 63)},
+            r"Model does not run on the example: RuntimeError: mat1 and mat2 .*\n.*\n.*x \[2, 63\]",
+        ),
+        ({"y": torch.zeros(2, 64)}, r"the example has 'y', which is no argument of its forward; these are: x"),
+        ({"x": 3}, r"the example's 'x' is a int; every input is a tensor"),
+        ({"x": torch.zeros(1, 64)}, r"the example x has size 1 in dimension 0"),
+    ],
+)
+def test_an_example_that_the_model_does_not_take_is_named(example: dict, message: str, capfd: pytest.CaptureFixture):
+    with pytest.raises(MxloomError, match=message):
+        compile(Model(), weights="mxfp4", example=example)
+    assert capfd.readouterr().err == ""
+
+
+def test_inputs_in_the_place_of_the_recipe_are_told_where_to_go():
+    with pytest.raises(UsageError, match=r"a recipe is a Tensor; .*example=\{"):
+        compile(Model(), torch.zeros(2, 64))  # pyright: ignore[reportArgumentType]
+
+
+DEMO = Path(__file__).parents[2] / "examples/models/kjv-2m"
+
+
+def test_evaluate_in_a_recipe_measures_against_the_model_as_it_came():
+    wanted = {"text": str(DEMO / "held_out.txt"), "context": 32, "limit": 2, "against": "float"}
+    compiled = compile(DEMO, {"quantize": [{"weights": "mxint8"}], "evaluate": wanted})
+    assert compiled.evaluation == evaluate(compiled, DEMO / "held_out.txt", context=32, limit=2, against=DEMO)
+    figures = compiled.report()["evaluation"]
+    assert figures["text_sha256"] == hashlib.sha256((DEMO / "held_out.txt").read_bytes()).hexdigest()
+    assert figures["against"]["reference"] == "kjv-2m"
+
+
+def test_a_tied_weight_in_two_formats_is_noted():
+    rules = [{"kind": "embedding", "weights": "mxint8"}, {"weights": "mxfp4"}]
+    assert compile(DEMO, {"quantize": rules}).report()["notes"] == [
+        "model.embed_tokens.weight is stored 2 times, as mxfp4 and mxint8: its uses read it in different formats"
+    ]
+    assert compile(DEMO, weights="mxfp4").notes() == [
+        "model.embed_tokens.weight is stored 2 times, as mxfp4 and bf16: its uses read it in different formats"
+    ]
+
+
+def test_a_compilation_prints_as_one_line():
+    assert repr(compile(DEMO, weights="mxfp4")) == "<Compiled kjv-2m (causal-lm): quantize{weights=mxfp4}>"

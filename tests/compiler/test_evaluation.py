@@ -345,3 +345,11 @@ def test_published_embedding_model() -> None:
     assert (lines.sentences, lines.neighbours) == (3, 1)
     with pytest.raises(UsageError, match="an embedding model is measured against another"):
         evaluate(source, "a line")
+
+
+def test_windows_beyond_the_positions_of_a_rotary_model_are_named_in_the_protocol():
+    model = llama(0)
+    limit = model.config.max_position_embeddings
+    text = "abcdefgh" * limit
+    assert f"longer than the {limit} positions" in measure(model, text, context=2 * limit, limit=1).protocol
+    assert "longer than" not in measure(model, text, context=limit, limit=1).protocol
