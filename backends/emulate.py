@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from xdsl.ir import Attribute, Block, SSAValue
 from xdsl.utils.target import Target
 
 from ..dialects import formats
+from ..dialects.instances import name_of
+from ..dialects.names import attribute, identifier, unique
 from ..dialects.operations._operation import Call, Operation
 from ..dialects.operations._shapes import element_of, shape_of
 from ..dialects.operations._values import path_of, torch_dtype
@@ -52,7 +53,7 @@ def _emulation(module: ModuleOp, constants: dict[SSAValue, Tensor]) -> GraphModu
 
     emitter = _Emitter(body(module), constants)
     graph = emitter.graph_of()
-    emulation = GraphModule(emitter.root, graph, class_name="Emulation")
+    emulation = GraphModule(emitter.buffers.root, graph, class_name="Emulation")
     return emulation.eval()
 
 
@@ -60,18 +61,23 @@ class _Emitter:
     """Walks the block and writes one FX node for each operation, and one for each conversion it implies."""
 
     def __init__(self, block: Block, constants: dict[SSAValue, Tensor]) -> None:
-        from torch import nn
         from torch.fx import Graph
 
         self.block, self.constants = block, constants
-        self.root: nn.Module = nn.Module()
+        self.buffers = _Held()
         self.graph: Graph = Graph()
         self.nodes: dict[SSAValue, Node] = {}
         self.held: dict[tuple[SSAValue, Any], Node] = {}
 
     def graph_of(self) -> Graph:
+        from torch.fx.graph import _Namespace
+
+        legal = _Namespace()  # torch's own: it keeps clear of builtins and of what the code itself refers to
+        for names in (legal, self.graph._graph_namespace):
+            names.create_name("self", None)
         for argument in self.block.args:
-            self.nodes[argument] = self.graph.placeholder(_identifier(argument.name_hint or f"input_{argument.index}"))
+            name = legal.create_name(identifier(path_of(argument) or f"input_{argument.index}"), None)
+            self.nodes[argument] = self.graph.placeholder(name)
         for op in self.block.ops:
             if isinstance(op, ReturnOp):
                 self.graph.output(tuple(self._node(value) for value in op.operands))
@@ -87,7 +93,7 @@ class _Emitter:
             [found] if len(op.results) == 1 and not _returns_several(call) else self._parts(found, len(op.results))
         )
         for result, node in zip(op.results, results, strict=True):
-            node.name = self.graph._graph_namespace.create_name(_identifier(path_of(result) or op.name), None)
+            node.name = self.graph._graph_namespace.create_name(identifier(path_of(result) or op.name), None)
             self.nodes[result] = self._rounded(node, result.type, call)
 
     def _call(self, call: Call) -> Node:
@@ -141,10 +147,19 @@ class _Emitter:
         if value not in self.constants:
             return self.nodes[value]
         if (value, dtype) not in self.held:
-            name = _attribute_path(value) + (f"_as_{dtype}".replace("torch.", "") if dtype else "")
-            _register(self.root, name, self.constants[value].to(dtype) if dtype else self.constants[value])
-            self.held[value, dtype] = self.graph.get_attr(name)
+            tensor = self.constants[value]
+            suffix = _format_suffix(value) + (f"_as_{dtype}".replace("torch.", "") if dtype else "")
+            path = self.buffers.hold(_source(value), suffix, tensor.to(dtype) if dtype else tensor)
+            self.held[value, dtype] = self.graph.create_node("get_attr", path)
         return self.held[value, dtype]
+
+
+def _source(value: SSAValue) -> str:
+    """The name in the checkpoint of the parameter that a constant comes from."""
+    while isinstance(value.owner, CastOp):
+        value = value.owner.input
+    assert isinstance(value.owner, ParameterOp)
+    return value.owner.source.data
 
 
 def _is_constant(value: SSAValue) -> bool:
@@ -159,41 +174,54 @@ def _returns_several(call: Call) -> bool:
     return schema is not None and (len(schema.returns) > 1 or "[]" in str(schema.returns[0].type))
 
 
-def _identifier(name: str) -> str:
-    """A module path as a Python name."""
-    plain = re.sub(r"\W", "_", name)
-    return plain if plain.isidentifier() else f"_{plain}"
-
-
-def _attribute_path(value: SSAValue) -> str:
-    """Where a constant lies in the graph's module: by its parameter, with the format behind it where it is rounded."""
+def _format_suffix(value: SSAValue) -> str:
+    """What stands behind a parameter's name where casts have rounded it: the names of the formats."""
     parts: list[str] = []
     while isinstance(value.owner, CastOp):
-        parts.insert(0, _identifier(_short(value)))
+        parts.insert(0, name_of(element_of(value)))
         value = value.owner.input
-    assert isinstance(value.owner, ParameterOp)
-    source = [_identifier(p) if not p.isdigit() else p for p in value.owner.source.data.split(".") if p]
-    return ".".join([*source[:-1], "_".join([*source[-1:], *parts])])
+    return "".join(f"_{part}" for part in parts)
 
 
-def _short(value: SSAValue) -> str:
-    from ..dialects.instances import name_of
+class _Held:
+    """The graph's module and what it holds: every tensor under a name of its own, near its name in the checkpoint.
 
-    return name_of(element_of(value))
+    A path of the checkpoint becomes one of plain modules. Names that code cannot say (keywords, quotes), that torch has
+    given away (`training`), or that another path has taken, are changed: one place never means two tensors.
+    """
+
+    def __init__(self) -> None:
+        from torch import nn
+
+        self.root: nn.Module = nn.Module()
+        self._places: dict[tuple[str, ...], str] = {}
+
+    def hold(self, source: str, suffix: str, tensor: Tensor) -> str:
+        """Hold the tensor that comes from `source`; the dotted path where it lies."""
+        *parents, last = source.split(".")
+        place, module = self._module(tuple(parents))
+        name = unique(attribute(f"{last}{suffix}"), lambda name: hasattr(module, name))
+        _register(module, name, tensor)
+        return f"{place}.{name}" if place else name
+
+    def _module(self, path: tuple[str, ...]) -> tuple[str, nn.Module]:
+        """The module that stands for a path of the checkpoint, and where it lies."""
+        from torch import nn
+
+        if not path:
+            return "", self.root
+        if path not in self._places:
+            place, parent = self._module(path[:-1])
+            name = unique(attribute(path[-1]), lambda name: hasattr(parent, name))
+            parent.add_module(name, nn.Module())
+            self._places[path] = f"{place}.{name}" if place else name
+        return self._places[path], self.root.get_submodule(self._places[path])
 
 
-def _register(root: nn.Module, path: str, tensor: Tensor) -> None:
-    """Hold a tensor as a buffer under a dotted path, with plain modules on the way."""
-    from torch import nn
-
-    *parents, name = path.split(".")
-    module = root
-    for parent in parents:
-        if not hasattr(module, parent):
-            module.add_module(parent, nn.Module())
-        module = getattr(module, parent)
-        if not isinstance(module, nn.Module):  # a tensor and a module of one name: the tensor keeps it
-            raise TypeError(f"{path}: {parent} is a tensor")
+def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Hold a tensor as a buffer. Raises KeyError where the name is taken."""
+    if hasattr(module, name):
+        raise KeyError(f"the emulation holds something named {name!r} already")
     module.register_buffer(name, tensor)
 
 

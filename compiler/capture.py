@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dialects.errors import MxloomError, did_you_mean
 from .attention_interface import register, structured
+from .decomposition import decomposed
 from .dynamic_sizes import Dims, dynamic_dims, frozen, model_frame
 from .precision import wide
 
@@ -76,7 +77,7 @@ def capture(
                 "  do: write it for every size (-1, or the input's own shape), or name the dimensions that may change, "
                 "capture(..., dynamic={input: dimensions})"
             )
-        return program.run_decompositions({})
+        return decomposed(program)
 
 
 @contextmanager

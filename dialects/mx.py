@@ -41,9 +41,23 @@ def context() -> Context:
     return fresh
 
 
+class _Parser(Parser):
+    """Reads back what xDSL prints of letters beyond ASCII: bytes in UTF-8, which it would not take for a string."""
+
+    def parse_optional_str_literal(self) -> str | None:
+        if (text := super().parse_optional_str_literal()) is not None:
+            return text
+        if (encoded := self.parse_optional_bytes_literal()) is None:
+            return None
+        try:
+            return encoded.decode()
+        except UnicodeDecodeError:
+            self.raise_error("a string is UTF-8")
+
+
 def parse_module(text: str, name: str = "<string>") -> ModuleOp:
     """The module that `text` spells, verified; xDSL's ParseError or VerifyException names the place of a fault."""
-    module = Parser(context(), text, name).parse_module()
+    module = _Parser(context(), text, name).parse_module()
     module.verify()
     return module
 

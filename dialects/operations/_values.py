@@ -94,7 +94,7 @@ def decode(attribute: Attribute, symbols: Iterator[SSAValue]) -> Any:
 
 def hint_of(path: str) -> str:
     """A module path as an SSA name: `_` before a leading digit, `.` after a final `_3`, which xDSL would cut off."""
-    name = re.sub(r"[^\w.$-]", "_", path)
+    name = re.sub(r"[^A-Za-z0-9_.$-]", "_", path)
     name = name if re.match(r"[A-Za-z_$.-]", name) else "_" + name
     return name + "." if re.search(r"_\d+$", name) else name
 

@@ -1,11 +1,13 @@
 """`emulate` equals the reference interpreter bit for bit, and reads as Python."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
 
-from mxloom.backends.emulate import Emulate, build
+import mxloom
+from mxloom.backends.emulate import Emulate, _register, build
 from mxloom.backends.reference import Interpreter
 from mxloom.backends.weight_store import WeightStore
 from mxloom.dialects.instances import INSTANCES
@@ -80,3 +82,135 @@ def test_the_graph_runs_under_the_compiler_of_torch_export():
     again = torch.export.export(graph, (x,), dynamic_shapes=dims).module()
     other = torch.randn(3, 7, 40)
     assert all(torch.equal(a, b) for a, b in zip(graph(other), again(other), strict=True))
+
+
+class Colliding(torch.nn.Module):
+    """Names that become one identifier, that Python reserves, and a weight that is read in two layouts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("a_b", "a-b", "return", 'x"y'):
+            self.add_module(name, torch.nn.Linear(32, 32))
+        self.w = torch.nn.Parameter(torch.randn(32, 32))
+        self.w_mxfp4 = torch.nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in ("a_b", "a-b", "return", 'x"y'):
+            x = getattr(self, name)(x)
+        return torch.nn.functional.linear(x, self.w) + x @ self.w + torch.nn.functional.linear(x, self.w_mxfp4)
+
+
+@pytest.mark.parametrize("formats", [{}, {"weights": "mxfp4", "activations": "mxint8"}])
+def test_names_that_collide_stay_apart(formats: dict[str, str]):
+    torch.manual_seed(0)
+    model, x = Colliding(), torch.randn(3, 32)
+    compiled = mxloom.compile(model, example={"x": x}, **formats)
+    (expected,) = Interpreter(compiled.module, compiled.weights)(x)
+    assert torch.equal(compiled(x), expected)
+    if not formats:
+        assert torch.equal(compiled(x), model(x))
+
+
+LAYERS = [
+    "a_b",
+    "a-b",
+    "a b",
+    "w_mxfp4",
+    "return",
+    'x"y',
+    "x\ny",
+    "None",
+    "self",
+    "torch",
+    "ü",
+    "ﬁ",
+    "fi",
+    "0",
+    "_0",
+    "zero",
+]
+
+
+class Chain(torch.nn.Module):
+    """Linear layers under any names, each used in turn."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, torch.nn.Linear(32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class Shared(torch.nn.Module):
+    """A weight in two layouts, a weight under two names, and one whose name is that of another's rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(32, 32))
+        self.w_mxfp4 = torch.nn.Parameter(torch.randn(32, 32))
+        self.p, self.q = torch.nn.Linear(32, 32, bias=False), torch.nn.Linear(32, 32, bias=False)
+        self.q.weight = self.p.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.linear(x, self.w) + x @ self.w + torch.nn.functional.linear(x, self.w_mxfp4)
+        return self.q(torch.relu(self.p(x)))
+
+
+RULES: list[dict[str, object]] = [
+    {},
+    {"weights": "mxfp4"},
+    {"weights": "mxfp4", "rounding": "stochastic"},
+    {"weights": "nvfp4", "activations": "mxint8"},
+    {"weights": "bf16"},
+]
+
+
+def interpreted(compiled: mxloom.Compiled, x: torch.Tensor) -> torch.Tensor:
+    return Interpreter(compiled.module, compiled.weights)(x)[0]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(
+    "model", [Chain(LAYERS), Chain([*reversed(LAYERS)]), Shared()], ids=["names", "reversed", "shared"]
+)
+def test_no_two_tensors_share_a_name(model: torch.nn.Module, rule: dict[str, object], tmp_path: Path):
+    """Whatever the names: the graph equals the reference bit for bit, and the wide one equals torch."""
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    compiled = mxloom.compile(model, {"quantize": [rule]} if rule else None, example={"x": x})
+    assert torch.equal(compiled(x), interpreted(compiled, x))
+    assert torch.equal(mxloom.load(compiled.save(tmp_path / "saved"))(x), compiled(x))
+    assert rule or torch.equal(compiled(x), model(x))
+
+
+def test_one_weight_rounded_by_several_rules():
+    rules = [
+        {"match": match, "weights": "mxfp4", "scale_rule": scale_rule, "rounding": rounding}
+        for match, scale_rule, rounding in (("p", "floor", "rne"), ("q", "ceil", "rtz"), ("*", "rceil", "rna"))
+    ]
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    compiled = mxloom.compile(Shared(), {"quantize": rules}, example={"x": x})
+    assert torch.equal(compiled(x), interpreted(compiled, x))
+    held = dict(compiled.emulation.named_buffers())
+    assert len([name for name in held if name.startswith(("p.weight", "q.weight"))]) == 2
+
+
+def test_a_name_that_is_taken_is_an_error():
+    held = torch.nn.Module()
+    _register(held, "weight", torch.ones(1))
+    for name in ("weight", "training", "forward"):
+        with pytest.raises(KeyError, match=name):
+            _register(held, name, torch.zeros(1))
+
+
+def test_inputs_whose_names_code_cannot_say():
+    text = MODEL.replace("%x", "%torch").replace(
+        "{\n  %a.weight", "{\n  %input = mx.silu %torch : (tensor<?x?x40xf32>) -> tensor<?x?x40xf32>\n  %a.weight"
+    )
+    text = text.replace("mx.linear %torch", "mx.linear %input")
+    module, weights = parse_module(text), store()
+    x = torch.randn(2, 5, 40)
+    assert torch.equal(build(module, weights)(x)[0], Interpreter(module, weights)(x)[0])
