@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -11,11 +10,9 @@ from pkgutil import iter_modules
 from typing import NoReturn, Protocol, cast
 
 from .. import __version__
-from ..dialects.errors import MxloomError, UsageError, did_you_mean
+from ..dialects.errors import UsageError, did_you_mean
 from . import commands
-
-INTERRUPTED = 130
-"""128 and the number of SIGINT, as shells report it."""
+from ._failures import reported
 
 
 class Command(Protocol):
@@ -32,18 +29,7 @@ class Command(Protocol):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 (the run failed), 2 (usage) or 130 (interrupted)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _run(given)
-    except KeyboardInterrupt:
-        return _failed("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (MxloomError, OSError) as error:
-        if "--debug" in given:
-            raise
-        return _failed(str(error), error.exit_status if isinstance(error, MxloomError) else 1)
+    return reported("mxloom", lambda: _run(given), debug="--debug" in given)
 
 
 def all_commands() -> dict[str, Command]:
@@ -72,14 +58,7 @@ def _run(given: list[str]) -> int:
     if parsed.command is None:
         parsers[""].print_help()
         return 0
-    status = known[parsed.command].run(parsed)
-    sys.stdout.flush()
-    return status
-
-
-def _failed(message: str, status: int) -> int:
-    print(f"mxloom: {message}", file=sys.stderr)
-    return status
+    return known[parsed.command].run(parsed)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,7 +21,7 @@ from ..passes._sites import sites
 from ..passes.quantize import RuleError
 from .compiled import Compiled
 from .model_source import ModelSource, open_model
-from .pipeline import parse_passes
+from .pipeline import apply_pass, parse_passes
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -126,14 +126,13 @@ def run_pipeline(
     recipe: Recipe | None = None,
     report: Report | None = None,
 ) -> None:
-    """Run a pipeline string over a module, in place, and verify after each pass."""
+    """Run a pipeline string over a module, in place, and verify after each pass; an error names the pass."""
     ctx = CompileContext(weights=weights)
     for step in parse_passes(pipeline):
         try:
-            step.apply(ctx, module)
+            apply_pass(step, ctx, module)
         except RuleError as error:
             raise _at_line(error, recipe) from None
-        module.verify()
         if report:
             report(step.name, str(step))
     if report and pipeline:

@@ -1,26 +1,43 @@
 """`mxloom-opt`: xDSL's optimiser driver with our dialect, passes and targets, and errors without tracebacks."""
 
-import os
+import argparse
 import sys
 from collections.abc import Sequence
-from typing import IO, ClassVar
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import IO, ClassVar, NoReturn
 
-from xdsl.passes import PassPipeline
-from xdsl.utils.exceptions import DiagnosticException, ParseError, VerifyException
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.passes import ModulePass, PassPipeline
+from xdsl.utils.arg_spec import parse_spec
+from xdsl.utils.exceptions import ArgSpecParseError, DiagnosticException, ParseError, ShrinkException
 from xdsl.xdsl_opt_main import xDSLOptMain
 
 from ..dialects.errors import MxloomError, UsageError
-from .pipeline import parse_passes
+from ._failures import reported
+from .pipeline import failures_of, parse_passes
 from .universe import all_dialects, all_passes, all_targets
+
+XDSL_ERRORS = (ParseError, DiagnosticException, ShrinkException)
+"""What xDSL's driver reports itself where its options ask for it."""
 
 
 class MxloomOptMain(xDSLOptMain):
     """xDSL's driver, extended by what `compiler/universe.py` finds.
 
-    Our dialect is registered even where the package runs from a checkout and announces no entry point.
+    Our dialect is registered even where the package runs from a checkout and announces no entry point. An output file
+    is written when everything has succeeded, not before.
     """
 
     version_format: ClassVar[str] = "mxloom-opt built on xdsl {xdsl_version}"
+
+    def run(self) -> None:
+        self.result = _Result()
+        super().run()
+        if self.args.output_file is not None:
+            Path(self.args.output_file).write_text(self.result.getvalue(), encoding="utf-8")
 
     def register_all_dialects(self) -> None:
         for name, factory in all_dialects().items():
@@ -32,7 +49,14 @@ class MxloomOptMain(xDSLOptMain):
     def register_all_targets(self) -> None:
         self.available_targets.update(all_targets())
 
+    def register_all_arguments(self, arg_parser: argparse.ArgumentParser) -> None:
+        super().register_all_arguments(arg_parser)
+        arg_parser.add_argument("--debug", action="store_true", help="Show the traceback of an error")
+        arg_parser.error = _refused
+
     def prepare_input(self) -> tuple[list[tuple[IO[bytes], int]], str]:
+        _check_name(self.args.input_file)
+        _check_output(self.args.output_file)
         try:
             return super().prepare_input()
         except ValueError as error:
@@ -40,31 +64,94 @@ class MxloomOptMain(xDSLOptMain):
                 f"{self.get_input_name()}: {error}; the extension must be .mlir, or give -f mlir"
             ) from error
 
+    def prepare_output(self) -> IO[str]:
+        return sys.stdout if self.args.output_file is None else self.result
+
+    def parse_chunk(self, chunk: IO[bytes], file_extension: str, start_offset: int = 0) -> ModuleOp | None:
+        """The module in the text, whatever it holds; what xDSL's parser did not foresee is an error of the text too."""
+        try:
+            return super().parse_chunk(chunk, file_extension, start_offset)
+        except (MxloomError, OSError, MemoryError, *XDSL_ERRORS):
+            raise
+        except UnicodeDecodeError as error:
+            raise MxloomError(f"{self.get_input_name()}: not UTF-8 text (byte {error.start})") from error
+        except Exception as error:
+            raise MxloomError(f"{self.get_input_name()}: cannot be read as a module: {_first_line(error)}") from error
+
     def setup_pipeline(self) -> None:
         super_passes, self.args.passes = self.args.passes, ""
         super().setup_pipeline()  # makes the callback that verifies, prints and times between passes
         self.args.passes = super_passes
-        self.pipeline = PassPipeline(parse_passes(super_passes), self.pipeline.callback)
+        passes = tuple(_Guarded(step) for step in parse_passes(super_passes, all_passes()))
+        self.pipeline = PassPipeline(passes, self.pipeline.callback)
+
+    def output_resulting_program(self, prog: ModuleOp) -> str:
+        """The module's text in the target's language; a target that cannot write it is named."""
+        try:
+            return super().output_resulting_program(prog)
+        except (MxloomError, *XDSL_ERRORS):
+            raise
+        except Exception as error:
+            name = parse_spec(self.args.target).name
+            raise MxloomError(f"the target {name!r} cannot write this module: {_first_line(error)}") from error
+
+
+class _Result(StringIO):
+    """Text for a file, still there after xDSL's driver has closed it."""
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Guarded(ModulePass):
+    """A pass whose failures name it; xDSL's own errors stay what they are, since options of its driver report them."""
+
+    step: ModulePass
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.step.name
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        with failures_of(self.step, XDSL_ERRORS):
+            self.step.apply(ctx, op)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mxloom-opt`; returns the exit status: 0, 1 (input or pass failed) or 2 (usage)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return reported("mxloom-opt", lambda: _run(given), debug="--debug" in given)
+
+
+def _run(given: list[str]) -> int:
     try:
-        MxloomOptMain("mxloom's optimiser driver", arguments).run()
-    except MxloomError as error:
-        return _failed(str(error), error.exit_status)
-    except (ParseError, DiagnosticException, VerifyException) as error:
-        return _failed(str(error).strip(), 1)
+        MxloomOptMain("mxloom's optimiser driver", given).run()
+    except ArgSpecParseError as error:  # not an Exception; only --target's text is parsed where it can come from
+        raise UsageError(f"argument -t/--target: {str(error).splitlines()[-1].strip()}") from None
     except FileNotFoundError as error:
-        return _failed(f"there is no file {error.filename}", 2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        raise UsageError(f"there is no file {error.filename}") from error
+    except XDSL_ERRORS as error:
+        raise MxloomError(str(error).strip()) from error
     return 0
 
 
-def _failed(message: str, status: int) -> int:
-    print(f"mxloom-opt: {message}", file=sys.stderr)
-    return status
+def _check_name(name: str | None) -> None:
+    if name is not None and (not name or "\0" in name):
+        raise UsageError(f"{name!r} is no file's name")
+
+
+def _check_output(name: str | None) -> None:
+    """Refuse what could not be written, before the work and not after it."""
+    _check_name(name)
+    if name is not None and (Path(name).is_dir() or not Path(name).parent.is_dir()):
+        raise UsageError(f"-o {name}: it must name a file in a folder that is there")
+
+
+def _refused(message: str) -> NoReturn:
+    raise UsageError(f"{message}; see mxloom-opt --help")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0].strip():.300}"

@@ -19,8 +19,8 @@ from pydantic import (
 )
 
 from ..dialects.errors import MxloomError, UsageError
-from .pipeline import parse_passes, quoted
-from .recipe_errors import explained
+from .pipeline import LARGEST, parse_passes, quoted
+from .recipe_errors import explained, spoken
 from .recipe_text import SIZE_LIMIT, Reader, Where
 
 
@@ -32,6 +32,26 @@ def _known_format(name: str) -> str:
 
 def _known_passes(pipeline: str) -> str:
     return _accepted(parse_passes, pipeline)
+
+
+def _known_pattern(pattern: str) -> str:
+    """A pattern that matching cannot stumble over later: a regular expression is compiled here."""
+    from ..passes._pattern import search
+
+    return _accepted(search, pattern.removeprefix("re:")) and pattern if pattern.startswith("re:") else pattern
+
+
+def _one(version: Any) -> Any:
+    if type(version) is not int or version != 1:
+        raise ValueError(f"got {version!r:.60}; known: 1")
+    return version
+
+
+def _each_once(kinds: list[str]) -> list[str]:
+    twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} stands here more than once")
+    return kinds
 
 
 def _accepted(check: Callable[[str], object], text: str) -> str:
@@ -46,7 +66,13 @@ def _accepted(check: Callable[[str], object], text: str) -> str:
 Word = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\n\f\v\r]*$")]
 Format = Annotated[Word, AfterValidator(_known_format)]
 Kind = Literal["linear", "conv", "matmul", "attention", "expert_linear", "embedding"]
-Kinds = Annotated[list[Kind], BeforeValidator(lambda value: _listed(value), json_schema_input_type=Kind | list[Kind])]
+Kinds = Annotated[
+    list[Kind],
+    Field(min_length=1),
+    BeforeValidator(lambda value: _listed(value), json_schema_input_type=Kind | list[Kind]),
+    AfterValidator(_each_once),
+]
+Count = Annotated[int, Field(le=LARGEST)]
 ScaleRule = Literal["floor", "ceil", "even", "rceil"]
 RoundingMode = Literal["rne", "rna", "rtz", "stochastic"]
 
@@ -58,7 +84,7 @@ class _Strict(BaseModel):
 class Rule(_Strict):
     """Formats for the operations of the modules that `match` and `kind` choose; the first rule that matches wins."""
 
-    match: Word | None = Field(
+    match: Annotated[Word, AfterValidator(_known_pattern)] | None = Field(
         None, description="name of a module, glob, or `re:` and a regular expression; all if left out"
     )
     kind: Kinds | None = Field(None, description="kinds of operation; all but embedding if left out")
@@ -79,6 +105,10 @@ class Rule(_Strict):
             raise ValueError(f"keep and {formats[0]} contradict each other: give one of them")
         return self
 
+    def rounds_by_chance(self, recipe: Recipe) -> bool:
+        """Whether the rule rounds stochastically, by its own word or the recipe's."""
+        return (self.rounding or recipe.rounding) == "stochastic"
+
     def options(self, recipe: Recipe) -> dict[str, Any]:
         """The options of the pass `quantize`, with the recipe's scale rule, rounding and seed where they apply."""
         options = self.model_dump(exclude_none=True)
@@ -96,14 +126,14 @@ class Evaluate(_Strict):
     against: Word | None = Field(
         None, description="the reference: `float`, the same model as it came, or a path from the recipe's folder"
     )
-    context: int = Field(512, ge=2, description="tokens of one window")
-    limit: int | None = Field(None, ge=1, description="number of windows; all if left out")
+    context: Count = Field(512, ge=2, description="tokens of one window")
+    limit: Count | None = Field(None, ge=1, description="number of windows; all if left out")
 
 
 class Recipe(_Strict):
     """What to do to a model: rules that give formats, then passes."""
 
-    version: Literal[1] = Field(description="version of the recipe's form")
+    version: Annotated[Literal[1], BeforeValidator(_one)] = Field(description="version of the recipe's form")
     quantize: list[Rule] = Field(default_factory=list, description="rules in order; the first that matches wins")
     scale_rule: ScaleRule | None = Field(None, description="how block scales are chosen; each format's own if left out")
     rounding: RoundingMode | None = Field(None, description="how elements are rounded; rne if left out")
@@ -111,7 +141,19 @@ class Recipe(_Strict):
         default_factory=list, description="passes that run after the rules, as pipeline strings"
     )
     evaluate: Evaluate | None = Field(None, description="how the result is judged")
-    seed: int = Field(0, ge=0, description="seed of stochastic rounding")
+    seed: Count = Field(0, ge=0, description="seed of stochastic rounding")
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if not (self.quantize or self.passes or self.evaluate):
+            raise ValueError("it has no effect: give it quantize, passes or evaluate")
+        narrow = [rule for rule in self.quantize if rule.keep is None]
+        for name in ("scale_rule", "rounding"):
+            if getattr(self, name) is not None and all(getattr(rule, name) is not None for rule in narrow):
+                raise ValueError(f"{name} has no effect: no rule in quantize is without one of its own")
+        if "seed" in self.model_fields_set and not any(rule.rounds_by_chance(self) for rule in narrow):
+            raise ValueError("seed has no effect: nothing in quantize has rounding: stochastic")
+        return self
 
     _path: Path | None = PrivateAttr(None)
     _lines: dict[Where, int] = PrivateAttr(default_factory=dict)
@@ -120,6 +162,8 @@ class Recipe(_Strict):
     def from_file(cls, path: str | Path) -> Recipe:
         """Read a YAML file. Raises UsageError with file and line for everything that is wrong in it."""
         path = Path(path)
+        if "\0" in str(path) or not path.name:
+            raise UsageError(f"{str(path)!r} is no file's name")
         try:
             if path.stat().st_size > SIZE_LIMIT:
                 raise UsageError(f"{path}: a recipe has at most {SIZE_LIMIT} bytes")
@@ -127,7 +171,7 @@ class Recipe(_Strict):
         except OSError as error:
             raise UsageError(f"{path}: the recipe cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: the recipe is not UTF-8 text") from error
+            raise UsageError(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
         return cls.from_text(text, path)
 
     @classmethod
@@ -174,7 +218,18 @@ def _listed(value: Any) -> list[Any]:
 def _validated(values: Any, name: str, lines: dict[Where, int]) -> Recipe:
     if not isinstance(values, dict):
         raise UsageError(f"{name}: a recipe is a mapping that begins with `version: 1`")
+    if (where := _null(values)) is not None:
+        line = f":{lines[where]}" if where in lines else ""
+        raise UsageError(f"{name}{line}: {spoken(where)} has no value: give it one or leave the key out")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UsageError(explained(error, Recipe, name, lines)) from error
+
+
+def _null(value: Any, where: Where = ()) -> Where | None:
+    """The way to the first value that is null."""
+    if value is None:
+        return where
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, part in inner if (found := _null(part, (*where, key))) is not None), None)

@@ -32,7 +32,7 @@ def _line(where: Where, lines: dict[Where, int]) -> int:
 def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
     where, came = detail["loc"], detail["input"]
     *outer, key = where or ("recipe",)
-    within = f" in {_spoken(outer)}" if outer else ""
+    within = f" in {spoken(outer)}" if outer else ""
     match detail["type"]:
         case "extra_forbidden" if key in NOT_YET and not outer:
             return f'"{key}" is not available in this version'
@@ -43,11 +43,11 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
             return f'"{key}" is missing{within}'
         case "literal_error":
             known = re.findall(r"'([^']*)'", detail["msg"]) or [detail["msg"].removeprefix("Input should be ")]
-            return f"{_spoken(where)}: got {came!r:.60}{did_you_mean(str(came), known)}; known: {', '.join(known)}"
+            return f"{spoken(where)}: got {came!r:.60}{did_you_mean(str(came), known)}; known: {', '.join(known)}"
         case "value_error":
-            return f"{_spoken(where)}: {detail.get('ctx', {}).get('error', detail['msg'])}"
+            return f"{spoken(where)}: {detail.get('ctx', {}).get('error', detail['msg'])}"
         case _:
-            return f"{_spoken(where)}: {detail['msg'].replace('Input should', 'it should')}, got {came!r:.60}"
+            return f"{spoken(where)}: {detail['msg'].replace('Input should', 'it should')}, got {came!r:.60}"
 
 
 def _keys(model: type[BaseModel], where: Any) -> list[str]:
@@ -62,7 +62,7 @@ def _keys(model: type[BaseModel], where: Any) -> list[str]:
     return list(node["properties"])
 
 
-def _spoken(where: Any) -> str:
+def spoken(where: Any) -> str:
     """`quantize rule 2, kind`; positions in lists are counted from 1."""
     words: list[str] = []
     for part in where:

@@ -1,5 +1,6 @@
 """Recipe text: plain YAML of bounded size and depth, with the line of every key; whatever may surprise is refused."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,14 @@ _PLAIN = {
     "tag:yaml.org,2002:int": _SCALARS.construct_yaml_int,
     "tag:yaml.org,2002:float": _SCALARS.construct_yaml_float,
 }
+
+_READ_ALIKE = {
+    "tag:yaml.org,2002:null": r"(null|~|)",
+    "tag:yaml.org,2002:bool": r"(true|false)",
+    "tag:yaml.org,2002:int": r"-?(0|[1-9][0-9]*)",
+    "tag:yaml.org,2002:float": r"-?(0|[1-9][0-9]*)\.[0-9]+([eE][-+]?[0-9]+)?",
+}
+"""What every YAML reader takes for the same value. `no`, `0x1`, `010`, `1_000` and `1:30` (90) are text to some."""
 
 
 @dataclass
@@ -105,6 +114,12 @@ class Reader:
         tag = _SCALARS.resolve(yaml.ScalarNode, event.value, (True, False))
         if tag not in _PLAIN:
             return event.value
+        if not re.fullmatch(_READ_ALIKE[tag], event.value):
+            raise self._error(
+                event,
+                f"{event.value[:20]!r} is not the same to all YAML readers: write true, false or a plain number, "
+                "or put it in quotes",
+            )
         try:
             return _PLAIN[tag](yaml.ScalarNode(tag, event.value))
         except ValueError as error:

@@ -1,6 +1,7 @@
 """What this installation offers to xDSL's tools: our dialect, every pass and every target, found by name.
 
-A pass is a file in `passes/`, a class behind the entry point group `mxloom.passes`, or a pass of an xDSL universe.
+A pass is a file in `passes/` or a class behind the entry point group `mxloom.passes`: these are what a recipe may name.
+`mxloom-opt` has the passes of xDSL universes too, except those that can start a program.
 """
 
 import ast
@@ -24,21 +25,39 @@ from ..dialects.errors import MxloomError, UsageError
 PASS_GROUP = "mxloom.passes"
 UNIVERSE_GROUP = "xdsl.universe"
 
+STARTS_PROGRAMS = frozenset({"mlir-opt"})
+"""Passes of xDSL that run an executable which their options name."""
+
 PassFactory = Callable[[], type[ModulePass]]
 TargetFactory = Callable[[], type[Target]]
 Named = TypeVar("Named", ModulePass, Target)
 
 
-@cache
-def all_passes() -> dict[str, PassFactory]:
-    """Every pass by its name, as a factory that imports it when called: ours, other packages', xDSL's own.
+STARTS_PROGRAMS = frozenset({"mlir-opt", "transform-interpreter"})
+"""Passes of xDSL that nobody reaches through mxloom.
 
-    The same name from two packages is a UsageError.
+The first runs the program that its option `executable` names, the second any pass that the module's text names, the
+first among them. A module or a pipeline of another must not be able to run programs.
+"""
+
+
+@cache
+def own_passes() -> dict[str, PassFactory]:
+    """What recipes, `mxloom.compile` and artefacts may name: mxloom's passes, and what others announce to mxloom.
+
+    A factory imports its pass when called. The same name from two packages is a UsageError.
     """
-    found = {**Universe.get_multiverse().all_passes, **MXLOOM_UNIVERSE.all_passes}
+    found = dict(_file_passes())
     for name, factory in _announced(entry_points(group=PASS_GROUP)).items():
         found.setdefault(name, factory)
     return dict(sorted(found.items()))
+
+
+@cache
+def all_passes() -> dict[str, PassFactory]:
+    """What `mxloom-opt` may name: `own_passes`, and the passes of xDSL universes but those in `STARTS_PROGRAMS`."""
+    found = {**Universe.get_multiverse().all_passes, **own_passes()}
+    return {name: factory for name, factory in sorted(found.items()) if name not in STARTS_PROGRAMS}
 
 
 def all_dialects() -> dict[str, Callable[[], Dialect]]:

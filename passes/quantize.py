@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,6 +15,7 @@ from ..dialects.errors import UsageError, did_you_mean
 from ..dialects.formats import Rounding, default_scale_rule
 from ..dialects.formats._format import POWER_OF_TWO_RULES
 from ..dialects.instances import format_of
+from ._pattern import search
 from ._sites import Role, Site, sites
 
 CONTRACTIONS = ("linear", "conv", "matmul", "attention", "expert_linear")
@@ -139,10 +139,7 @@ class Quantize(ModulePass):
 def matches(pattern: str, module: str) -> bool:
     """Whether a rule's pattern (a name, a glob, or `re:` and a regular expression to search for) matches a module."""
     if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], module) is not None
-        except re.error as error:
-            raise UsageError(f"match {pattern!r} is no regular expression: {error}") from None
+        return search(pattern[3:])(module)
     return fnmatchcase(module, pattern)
 
 

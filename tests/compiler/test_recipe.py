@@ -1,5 +1,6 @@
 """Recipes: every key has an effect, and whatever is wrong is named with its line."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 
 from mxloom import MxloomError
 from mxloom.compiler.pipeline import parse_passes
-from mxloom.compiler.recipe import Recipe
+from mxloom.compiler.recipe import Recipe, Rule
 from mxloom.compiler.recipe_text import SIZE_LIMIT
+from mxloom.passes.quantize import matches
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 
@@ -23,7 +25,7 @@ quantize:
     rounding: rna
   - {weights: mxfp4, activations: mxint8}
 scale_rule: even
-passes: ["canonicalize", "quantize{attention=mxint8}"]
+passes: ["pack", "quantize{attention=mxint8}"]
 """
 
 
@@ -39,7 +41,7 @@ def test_rules_become_passes_in_order() -> None:
         'quantize{match="*.lm_head" keep=bf16},'
         r'quantize{match="re:layers\\.(0|27)\\.\"q\"" kind=linear,conv weights=mxint8 scale_rule=even rounding=rna},'
         "quantize{weights=mxfp4 activations=mxint8 scale_rule=even},"
-        "canonicalize,quantize{attention=mxint8}"
+        "pack,quantize{attention=mxint8}"
     )
 
 
@@ -103,11 +105,25 @@ def test_plain_values_and_back() -> None:
         ("version: 1\nquantize:\n- {keep: bf16, weights: mxfp4}", "keep and weights contradict each other"),
         ("version: 1\nquantize:\n- {keep: mxfp4}", "r.yaml:3: quantize rule 1, keep: got 'mxfp4'"),
         ("version: 1\nquantize:\n- {weights: mxfp4, kind: liner}", "kind 1: got 'liner' (did you mean \"linear\"?)"),
-        ("version: 1\nquantize:\n- {weights: no}", "weights: it should be a valid string, got False"),
+        ("version: 1\nquantize:\n- {weights: false}", "weights: it should be a valid string, got False"),
+        ("version: true", "r.yaml:1: version: got True; known: 1"),
+        ("version: 1.0", "r.yaml:1: version: got 1.0; known: 1"),
+        ("version: 1\nquantize:\n- weights: mxfp4\n  match: 're:('", "r.yaml:4: quantize rule 1, match: match 're:('"),
+        ("version: 1\nquantize:\n- {weights: mxfp4, match: 're:(?!x)'}", "look-around, including look-ahead"),
+        ("version: 1\nquantize:\n- {weights: mxfp4, match: null}", "r.yaml:3: quantize rule 1, match has no value"),
+        ("version: 1\nquantize:", "r.yaml:2: quantize has no value: give it one or leave the key out"),
+        ("version: 1\nquantize:\n- {weights: mxfp4, kind: [conv, conv]}", "kind: conv stands here more than once"),
+        ("version: 1\nquantize:\n- {weights: mxfp4, kind: []}", "kind: "),
+        ("version: 1\nquantize: []", "r.yaml:1: the recipe: it has no effect: give it quantize, passes or evaluate"),
+        ("version: 1\nquantize: [{weights: mxfp4}]\nseed: 3", "seed has no effect"),
+        ("version: 1\nquantize: [{weights: mxfp4, rounding: rna}]\nrounding: rtz", "rounding has no effect"),
+        ("version: 1\nquantize: [{keep: bf16}]\nscale_rule: even", "scale_rule has no effect"),
+        (f"version: 1\nquantize: [{{weights: mxfp4, rounding: stochastic}}]\nseed: {2**63}", "r.yaml:3: seed: "),
+        (f"version: 1\nevaluate: {{text: t, context: {2**63}}}", "evaluate, context: "),
         ("version: 1\nquantize: 3", "r.yaml:2: quantize: it should be a valid list, got 3"),
         ("version: 1\nscale_rule: evn", "r.yaml:2: scale_rule: got 'evn' (did you mean \"even\"?)"),
         ("version: 1\nrounding: up", "known: rne, rna, rtz, stochastic"),
-        ("version: 1\npasses:\n- canonicalize\n- canonicalise", 'r.yaml:4: passes 2: there is no pass "canonicalise"'),
+        ("version: 1\npasses:\n- pack\n- pakc", 'r.yaml:4: passes 2: there is no pass "pakc" (did you mean "pack"?)'),
         ("version: 1\npasses: ['quantize{weihgts=x}']", 'has no option "weihgts" (did you mean "weights"?)'),
         ("version: 1\nevaluate: {context: 8}", 'r.yaml:2: "text" is missing in evaluate'),
         ("version: 1\nevaluate: {text: t, contxt: 8}", 'unknown key "contxt" in evaluate (did you mean "context"?)'),
@@ -123,6 +139,46 @@ def test_plain_values_and_back() -> None:
 )
 def test_what_is_wrong_is_named_with_its_line(text: str, expected: str) -> None:
     assert expected in message(text)
+
+
+@pytest.mark.parametrize(
+    "value", ["yes", "No", "on", "0x1", "0o1", "0b1", "010", "1_0", "1:30", "+1", ".inf", ".NaN", "1."]
+)
+def test_what_yaml_readers_take_for_different_values_is_refused(value: str) -> None:
+    """YAML 1.1 (types bool, int, float) and the core schema of YAML 1.2 (section 10.3.2) read these differently."""
+    assert "r.yaml:2: " in message(f"version: 1\nseed: {value}")
+
+
+def test_null_is_refused_in_a_dictionary_too() -> None:
+    with pytest.raises(MxloomError, match=r"^recipe: quantize rule 1, kind has no value"):
+        Recipe.from_dict({"quantize": [{"weights": "mxfp4", "kind": None}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("canonicalize", True), ("mlir-opt", False), ("transform-interpreter", False), ("apply-pdl", True)],
+)
+def test_a_recipe_names_no_pass_of_xdsl(name: str, known: bool) -> None:
+    where = " here: mxloom-opt has it, from an xDSL universe" if known else ""
+    assert f'r.yaml:2: passes 1: there is no pass "{name}"{where}' in message(f"version: 1\npasses: [{name}]")
+
+
+def test_no_regular_expression_takes_long() -> None:
+    """Backtracking would take 2^40 steps here."""
+    rule = Rule.model_validate({"match": r"re:^(a+)+$", "weights": "mxfp4"})
+    assert rule.match is not None
+    start = time.monotonic()
+    assert not matches(rule.match, "a" * 100_000 + "!")
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"layers\.(0|27)\.", r"^model\..*\.(q|k|v)_proj$", r"(?i)MLP", r"[^.]+_head$", r"\d{2}"]
+)
+def test_regular_expressions_match_as_python_s(pattern: str) -> None:
+    modules = [f"model.layers.{n}.{part}" for n in (0, 3, 27) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp")]
+    for module in [*modules, "lm_head", "model.lm_head"]:
+        assert matches(f"re:{pattern}", module) == bool(re.search(pattern, module))
 
 
 def test_several_faults_come_in_the_order_of_the_file() -> None:
@@ -180,3 +236,16 @@ def test_the_schema_refuses_unknown_keys() -> None:
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"version", "quantize", "scale_rule", "rounding", "passes", "evaluate", "seed"}
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
+
+
+def test_no_pass_that_a_recipe_can_name_starts_a_program():
+    import inspect
+    import re
+
+    from mxloom.compiler.universe import all_passes
+
+    for name, factory in all_passes().items():
+        source = inspect.getsource(inspect.getmodule(factory()))  # pyright: ignore[reportArgumentType]
+        assert not re.search(r"\bsubprocess\b|\bos\.system\b|\bPopen\b|\bos\.exec", source), name
+    with pytest.raises(MxloomError, match='there is no pass "mlir-opt"'):
+        Recipe.from_dict({"quantize": [{"weights": "mxfp4"}], "passes": ['mlir-opt{executable="touch"}']})
