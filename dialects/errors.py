@@ -17,6 +17,7 @@ class UsageError(MxloomError):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """` (did you mean "x"?)` for the nearest of `choices`, or nothing where none is near."""
-    near = get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f' (did you mean "{near[0]}"?)' if near else ""
+    """` (did you mean "x"?)` for the nearest of `choices`, whatever the case of its letters; or nothing."""
+    spelled = {choice.lower(): choice for choice in choices}
+    near = get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
+    return f' (did you mean "{spelled[near[0]]}"?)' if near else ""

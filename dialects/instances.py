@@ -13,8 +13,9 @@ from xdsl.ir import Attribute, TypeAttribute
 from xdsl.parser import Parser
 from xdsl.utils.exceptions import ParseError, VerifyException
 
-from .errors import MxloomError, UsageError, did_you_mean
-from .formats import FAMILIES, BlockType, FixedType, MixedType, bits, default_scale_rule
+from .arguments import came
+from .errors import UsageError, did_you_mean
+from .formats import FAMILIES, BlockType, FixedType, MixedType, bits, default_scale_rule, refusal
 
 OCP = "OCP Microscaling Formats (MX) v1.0"
 NVIDIA = "NVIDIA NVFP4; arXiv 2510.25602"
@@ -85,17 +86,33 @@ INSTANCES = _table(
 )
 
 
-def format_of(text: str, *, rank: int = 2, dims: Sequence[int] = (-1,)) -> TypeAttribute:
-    """The format that `text` names, laid out for a tensor of `rank` dimensions whose reduced ones are `dims`.
+def format_of(format: str | Instance | Attribute, *, rank: int = 2, dims: Sequence[int] = (-1,)) -> TypeAttribute:
+    """A format, laid out for a tensor of `rank` dimensions whose reduced ones are `dims`.
 
-    `text` is the name of an instance, `fixed<8,4>`, or a type's text. A block lies along the first of `dims`; `?` takes
-    every one of `dims` whole; a scale for the tensor takes all dimensions. A type's text with a block of several
-    dimensions, not all of them `?`, stands as it is written. Raises UsageError for an unknown name or a wrong text.
+    `format` is the name of an instance, `fixed<8,4>`, a type's text, a type, or an instance. A block lies along the
+    first of `dims`; `?` takes every one of `dims` whole; a scale for the tensor takes all of them. A block of several
+    dimensions, not all of them `?`, stands as it is written. Raises UsageError for an unknown name, a wrong text, and a
+    type into which nothing is rounded (`i8`, `f64`).
     """
     if not all(-rank <= dim < rank for dim in dims) or not dims:
         raise UsageError(f"dimensions {list(dims)} do not lie in a tensor of {rank} dimensions")
     reduced = [dim if dim < 0 else dim - rank for dim in dims]
-    return _laid_out(parse_format(INSTANCES[text].text if text in INSTANCES else text), rank, reduced)
+    return _laid_out(_spelled(format), rank, reduced)
+
+
+def _spelled(format: str | Instance | Attribute) -> TypeAttribute:
+    """The type as it was given, before it is laid out."""
+    if isinstance(format, Instance):
+        return format.type
+    if isinstance(format, str):
+        return parse_format(INSTANCES[format].text if format in INSTANCES else format)
+    if not isinstance(format, TypeAttribute):
+        raise UsageError(
+            f"a format is a name, a type's text or a type, got {came(format)}; `mxloom formats` lists them"
+        )
+    if reason := refusal(format):
+        raise UsageError(f"{format} is not a format: {reason}")
+    return format
 
 
 def name_of(fmt: Attribute) -> str:
@@ -125,10 +142,8 @@ def parse_format(text: str) -> TypeAttribute:
     if not isinstance(found, FunctionType) or len(found.inputs) != 1 or len(found.outputs):
         raise UsageError(f"{text!r} is not the text of one format")
     (fmt,) = found.inputs
-    try:
-        bits(fmt)
-    except MxloomError as error:
-        raise UsageError(f"{text!r} is not a format: {error}") from error
+    if reason := refusal(fmt):
+        raise UsageError(f"{text!r} is not a format: {reason}")
     assert isinstance(fmt, TypeAttribute)
     return fmt
 

@@ -28,7 +28,7 @@ from xdsl.ir import Attribute
 from ..errors import MxloomError
 from ._element import Element, Fixed, Minifloat
 from ._format import Given, Layout, Numbers, Parts, Rounding
-from ._plain import Plain, byte_stream, refuse_scale_options
+from ._plain import Plain, byte_stream, narrowed, refuse_scale_options
 from ._semantics import BF16, F16, F32
 
 if TYPE_CHECKING:
@@ -132,10 +132,12 @@ class Integer(Counted):
     @property
     def refusal(self) -> MxloomError:
         width = int(self.bits)
-        return MxloomError(
-            f"nothing is rounded into {self.format}, which holds indices and masks: "
-            f"use !mx.fixed<{width}, 0> for plain integers or !mx.block<?x{self.format}, f32> for scaled ones"
+        instead = (
+            f"use !mx.fixed<{width}, 0> for plain integers or !mx.block<?xi{width}, f32> for scaled ones"
+            if 2 <= width <= 32
+            else "!mx.fixed holds plain integers of 2 to 32 bits"
         )
+        return MxloomError(f"nothing is rounded into {self.format}, which holds indices and masks: {instead}")
 
 
 class ScaleOnly(Counted):
@@ -172,7 +174,7 @@ class WideFloat(Numbers):
         return prod(shape) * int(self.bits)
 
     def quantize(self, x: Tensor, how: Rounding) -> Tensor:
-        return self._rounded(x, how).to(x.dtype)
+        return narrowed(self._rounded(x, how), x.dtype)
 
     def encode(self, x: Tensor, how: Rounding, given: Given) -> Parts:
         if given:
@@ -180,7 +182,7 @@ class WideFloat(Numbers):
         return Parts(self._rounded(x, how).contiguous().view(self._code_dtype))
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        return parts.codes.view(self.dtype).to(dtype)
+        return narrowed(parts.codes.view(self.dtype), dtype)
 
     def pack(self, parts: Parts) -> Tensor:
         import torch
@@ -200,7 +202,7 @@ class WideFloat(Numbers):
         return {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
 
     def _rounded(self, x: Tensor, how: Rounding) -> Tensor:
-        """`x` in the format's own dtype."""
+        """`x` in the format's own dtype, in memory of its own."""
         refuse_scale_options(self, how)
         if how.rounding == "rne" or x.dtype == self.dtype or isinstance(self.format, Float64Type):
             return _to_nearest(x, self.dtype)
@@ -213,7 +215,7 @@ def _to_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
     import torch
 
     if x.dtype != torch.float64 or dtype in (torch.float64, torch.float32):
-        return x.to(dtype)
+        return x.to(dtype, copy=True)
     return _to_grid(x, Minifloat(BF16 if dtype == torch.bfloat16 else F16), Rounding()).to(dtype)
 
 

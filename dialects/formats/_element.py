@@ -69,6 +69,11 @@ class Element(ABC):
         """The first `count` codes of packed bytes."""
 
     @property
+    def has_infinity(self) -> bool:
+        """Whether a code means infinity; rounding gives none."""
+        return False
+
+    @property
     def nan_code(self) -> int | None:
         """One code of NaN, or None for an element without NaN."""
         return None
@@ -117,6 +122,10 @@ class Minifloat(Element):
     @property
     def has_negative_zero(self) -> bool:
         return self.semantics.nan_encoding is not FloatNanEncoding.NEGATIVE_ZERO
+
+    @property
+    def has_infinity(self) -> bool:
+        return self.semantics.nonfinite is FloatNonfiniteBehavior.IEEE
 
     @property
     def needs_f64(self) -> bool:
@@ -222,8 +231,8 @@ class Fixed(Element):
     def round(self, values: Tensor, how: Rounding) -> Tensor:
         if self.fraction:
             values *= 2.0**self.fraction
-        values = round_to_integers(values, how)
-        values.clamp_(self.bottom_code, self.top_code)
+        # Clamped first: infinity minus infinity, which rounding would form, is no number.
+        values = round_to_integers(values.clamp_(self.bottom_code, self.top_code), how)
         if self.fraction:
             values *= 2.0**-self.fraction
         values += 0.0

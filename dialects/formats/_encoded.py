@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from xdsl.ir import TypeAttribute
 
-from ..errors import MxloomError
+from ..arguments import came
+from ..errors import MxloomError, UsageError
 from ._builtin import numbers_of
 from ._format import Parts
 
@@ -45,10 +46,18 @@ class Encoded:
         return Parts(self.codes, self.scales, self.global_scale, self.zero_points)
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values, computed in f32 (f64 if `dtype` is f64) and returned in `dtype` (default f32)."""
+        """The values, computed in f32 (f64 if `dtype` is f64) and returned in `dtype` (default f32).
+
+        A finite value is at most the largest finite number of `dtype`. Raises UsageError for a dtype of no floats.
+        """
         import torch
 
-        return numbers_of(self.format).decode(self.parts, dtype or torch.float32)
+        dtype = torch.float32 if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise UsageError(f"dtype is a float dtype of torch, torch.float32 for one, got {came(dtype)}")
+        if not dtype.is_floating_point or dtype in (torch.float8_e8m0fnu, torch.float4_e2m1fn_x2):
+            raise UsageError(f"values are decoded into a float dtype, got {dtype}: decode first, then convert")
+        return numbers_of(self.format).decode(self.parts, dtype)
 
     def packed(self) -> Tensor:
         """The codes as uint8, one dimension: block after block, lowest bit first, padding of ragged blocks included."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from xdsl.ir import TypeAttribute
 
-from ..errors import UsageError, did_you_mean
+from ..arguments import one_of, real_number, whole_number
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,8 @@ class Rounding:
 
     scale_rule: how a block's scale follows from its values (None: the format's default); rounding: of the elements,
     nearest with ties to even, nearest with ties away from zero, towards zero, or stochastic from `seed`;
-    clip: the scale is made for `clip` times the largest magnitude (0 < clip <= 1), values above saturate;
+    clip: the scale is made for `clip` times the largest magnitude (0 < clip <= 1), values above saturate; seed: a whole
+    number of 64 bits;
     threshold: for mixed formats, the block impact above which a block is kept in the high format.
     """
 
@@ -38,14 +40,14 @@ class Rounding:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rounding not in ROUNDINGS:
-            near = did_you_mean(self.rounding, ROUNDINGS)
-            raise UsageError(f"unknown rounding {self.rounding!r}{near}: one of {', '.join(ROUNDINGS)}")
-        if self.scale_rule is not None and self.scale_rule not in SCALE_RULES:
-            near = did_you_mean(self.scale_rule, SCALE_RULES)
-            raise UsageError(f"unknown scale rule {self.scale_rule!r}{near}: one of {', '.join(SCALE_RULES)}")
-        if self.clip is not None and not 0 < self.clip <= 1:
+        one_of("rounding", self.rounding, ROUNDINGS)
+        whole_number("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.scale_rule is not None:
+            one_of("scale_rule", self.scale_rule, SCALE_RULES)
+        if self.clip is not None and not 0 < real_number("clip", self.clip) <= 1:
             raise UsageError(f"clip is the part of the largest magnitude that is kept, in (0, 1], got {self.clip}")
+        if self.threshold is not None:
+            real_number("threshold", self.threshold)
 
 
 @dataclass(frozen=True)

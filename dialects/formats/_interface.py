@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from xdsl.dialects.builtin import IndexType, IntegerType, TensorType, f8E8M0FNU
+from xdsl.dialects.builtin import IndexType, IntegerType, TensorType, f8E8M0FNU, f64
 from xdsl.ir import Attribute, TypeAttribute
 from xdsl.utils.exceptions import VerifyException
 
-from ..errors import UsageError
-from ._builtin import WIDE_FLOATS, ScaleOnly, numbers_of
+from ..arguments import came
+from ..errors import MxloomError, UsageError
+from ._builtin import WIDE_FLOATS, Counted, ScaleOnly, numbers_of
 from ._encoded import Encoded
 from ._format import Format, Given, Rounding
 
@@ -44,6 +45,23 @@ def default_scale_rule(fmt: Attribute) -> str | None:
     return numbers_of(fmt).default_scale_rule
 
 
+def refusal(fmt: Attribute) -> str | None:
+    """Why no values are rounded into a type; None where it is a number format.
+
+    Formats are the types of this dialect, narrow floats, and f32, bf16 and f16. Integers and index hold indices and
+    masks, f8E8M0FNU holds scales, and f64 is wider than anything here computes.
+    """
+    if isinstance(fmt, Format):
+        return None
+    try:
+        numbers = numbers_of(fmt)
+    except MxloomError as error:
+        return str(error)
+    if isinstance(numbers, Counted):
+        return str(numbers.refusal)
+    return f"mxloom computes in f32 and keeps nothing in {fmt}: use f32" if fmt == f64 else None
+
+
 def is_wide(fmt: Attribute) -> bool:
     """Whether values of the type are what torch has: f64, f32, f16, bf16, and builtin integers and index."""
     return fmt in WIDE_FLOATS or isinstance(fmt, IntegerType | IndexType)
@@ -53,7 +71,8 @@ def quantize(x: Tensor, fmt: Attribute, how: Rounding = _DEFAULT) -> Tensor:
     """`x` (any float dtype) rounded to the values that the format can hold, in the dtype and shape of `x`.
 
     Computed in f32, or in f64 for f64 (and for elements that f32 would round twice). The result carries no gradient.
-    Blocks with a NaN are NaN as a whole; infinities saturate; subnormals are kept unless the process runs with
+    The result shares no memory with `x`. Blocks with a NaN are NaN as a whole; infinities saturate, and a finite number
+    becomes infinite only in f16, bf16 and f32; subnormals are kept unless the process runs with
     `torch.set_flush_denormal(True)`, under which values and scales below 2^-126 count as zero.
     """
     import torch
@@ -83,6 +102,18 @@ def encode_tensor(
 
 
 def _floats(x: Tensor, fmt: Attribute) -> Tensor:
-    if not x.is_floating_point():
+    import torch
+
+    if not isinstance(x, torch.Tensor):
+        raise UsageError(f"x is a torch tensor, got {came(x)}: make a tensor of it first")
+    if x.is_nested or x.layout != torch.strided:
+        raise UsageError(f"x is a plain, dense tensor, got {_kind(x)}: convert it first")
+    if x.is_meta:
+        raise UsageError("x lies on the meta device and has no values to round")
+    if not x.is_floating_point() or x.dtype in (torch.float8_e8m0fnu, torch.float4_e2m1fn_x2):
         raise UsageError(f"only float tensors are rounded into {fmt}, got {x.dtype}: convert it first")
     return x.detach()
+
+
+def _kind(x: Tensor) -> str:
+    return "a nested one" if x.is_nested else f"one of {x.layout}"

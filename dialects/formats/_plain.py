@@ -31,9 +31,8 @@ class Plain(Numbers):
 
     def quantize(self, x: Tensor, how: Rounding) -> Tensor:
         refuse_scale_options(self, how)
-        return self.element_numbers.round(x.to(working_dtype(x.dtype, self.element_numbers), copy=True), how).to(
-            x.dtype
-        )
+        element = self.element_numbers
+        return narrowed(element.round(x.to(working_dtype(x.dtype, element), copy=True), how), x.dtype)
 
     def encode(self, x: Tensor, how: Rounding, given: Given) -> Parts:
         refuse_scale_options(self, how)
@@ -46,7 +45,8 @@ class Plain(Numbers):
         return Parts(element.codes(values))
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        return self.element_numbers.values(parts.codes, working_dtype(dtype, self.element_numbers)).to(dtype)
+        element = self.element_numbers
+        return narrowed(element.values(parts.codes, working_dtype(dtype, element)), dtype)
 
     def pack(self, parts: Parts) -> Tensor:
         return self.element_numbers.pack(parts.codes.reshape(-1))
@@ -63,6 +63,16 @@ def working_dtype(dtype: torch.dtype, element: Element) -> torch.dtype:
     import torch
 
     return torch.float64 if dtype == torch.float64 or element.needs_f64 else torch.float32
+
+
+def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype`, copied; what is finite stays so: at most the largest finite number of `dtype`."""
+    import torch
+
+    top = torch.finfo(dtype).max
+    if top < torch.finfo(values.dtype).max:
+        values = torch.where(values.isinf(), values, values.clamp(-top, top))
+    return values.to(dtype, copy=True)
 
 
 def byte_stream(bits: int) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -104,7 +104,7 @@ def _round(x: Tensor, scaling: Scaling, how: Rounding, rule: str, given: Given) 
         return Rounded(element.round(scaled, how), scales, None)
     assert isinstance(element, Fixed)
     zeros = tiling.spread(scales.zeros.to(scaled.dtype))
-    codes = round_to_integers(scaled, how).add_(zeros).clamp_(element.bottom_code, element.top_code)
+    codes = round_to_integers(finite(scaled), how).add_(zeros).clamp_(element.bottom_code, element.top_code)
     return Rounded(codes.sub_(zeros), scales, zeros)
 
 

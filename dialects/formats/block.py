@@ -122,6 +122,7 @@ class BlockType(ParametrizedAttribute, Format):
             return None
         return (
             f"a block of {len(self.dims)} dimensions does not lie on a tensor of {len(shape)}: {self} on {list(shape)}"
+            "; give the tensor as many dimensions (reshape), or use a format without blocks"
         )
 
     def quantize(self, x: Tensor, how: Rounding) -> Tensor:
@@ -179,8 +180,8 @@ class BlockType(ParametrizedAttribute, Format):
         return _scaled.Scaling(self.tiling(shape), element, self.scale, self.tensor_scale != NoneAttr(), affine)
 
     def verify(self) -> None:
-        if not self.dims or any(dim < 1 and dim != DYNAMIC_INDEX for dim in self.dims):
-            raise VerifyException(f"a block has positive dimensions or ?, got {list(self.dims)}")
+        if not self.dims or any(not 1 <= dim < 2**31 and dim != DYNAMIC_INDEX for dim in self.dims):
+            raise VerifyException(f"a block has positive dimensions or ?, got {list(self.dims)}; at most 2^31 - 1")
         if isinstance(self.element, BlockType):
             raise VerifyException("a block of blocks is not a format: an element is one number")
         element = element_of(self.element, VerifyException)

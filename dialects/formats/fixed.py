@@ -20,7 +20,8 @@ from ._plain import Plain
 class FixedType(ParametrizedAttribute, Plain, Format):
     """`!mx.fixed<8, 6>`: 8 bits, 6 of them after the point; the element of MXINT8 (OCP MX 1.0, section 5.3.4).
 
-    A value is code * 2^-fraction. On its own it uses the full range and saturates at both ends.
+    A value is code * 2^-fraction; `fraction` may be negative (`!mx.fixed<8, -3>`: multiples of 8) or exceed the width.
+    On its own it uses the full range and saturates at both ends.
     """
 
     name = "mx.fixed"

@@ -160,7 +160,7 @@ class Shared(torch.nn.Module):
         return self.q(torch.relu(self.p(x)))
 
 
-RULES: list[dict[str, object]] = [
+RULES: list[dict[str, str]] = [
     {},
     {"weights": "mxfp4"},
     {"weights": "mxfp4", "rounding": "stochastic"},
@@ -177,7 +177,7 @@ def interpreted(compiled: mxloom.Compiled, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "model", [Chain(LAYERS), Chain([*reversed(LAYERS)]), Shared()], ids=["names", "reversed", "shared"]
 )
-def test_no_two_tensors_share_a_name(model: torch.nn.Module, rule: dict[str, object], tmp_path: Path):
+def test_no_two_tensors_share_a_name(model: torch.nn.Module, rule: dict[str, str], tmp_path: Path):
     """Whatever the names: the graph equals the reference bit for bit, and the wide one equals torch."""
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
     compiled = mxloom.compile(model, {"quantize": [rule]} if rule else None, example={"x": x})
@@ -187,7 +187,7 @@ def test_no_two_tensors_share_a_name(model: torch.nn.Module, rule: dict[str, obj
 
 
 def test_one_weight_rounded_by_several_rules():
-    rules = [
+    rules: list[dict[str, str]] = [
         {"match": match, "weights": "mxfp4", "scale_rule": scale_rule, "rounding": rounding}
         for match, scale_rule, rounding in (("p", "floor", "rne"), ("q", "ceil", "rtz"), ("*", "rceil", "rna"))
     ]

@@ -76,10 +76,14 @@ def test_a_transposed_tensor_is_rounded_like_its_copy(format: str) -> None:
 def test_the_input_is_left_alone(format: str) -> None:
     x = gaussian((3, 40)).requires_grad_()
     before = x.detach().clone()
-    quantized = mxloom.fake_quantize(x, format)
-    mxloom.encode(x, format)
+    for made in (mxloom.fake_quantize(x, format), mxloom.fake_quantize(x.detach(), format)):
+        made.data.fill_(7.0)
+    encoded = mxloom.encode(x, format)
+    encoded.decode().fill_(7.0)
     assert same_bits(x.detach(), before)
-    assert not quantized.requires_grad
+    assert same_bits(encoded.decode(), mxloom.fake_quantize(before, format)), "decoding shares no memory with the codes"
+    encoded.codes.zero_()
+    assert same_bits(x.detach(), before)
 
 
 @pytest.mark.parametrize("format", [*MXFP, *MXINT, *PLAIN])
