@@ -71,7 +71,7 @@ def quantize(x: Tensor, scaling: Scaling, how: Rounding, rule: str) -> Tensor:
     """`x` rounded to the block format, in its dtype."""
     rounded = _round(x, scaling, how, rule, Given())
     factors = scaling.tiling.spread(rounded.scales.factors(rounded.values.dtype))
-    return scaling.tiling.merge(rounded.values.mul_(factors)).to(x.dtype)
+    return _bounded(scaling.tiling.merge(rounded.values.mul_(factors)), x.dtype)
 
 
 def encode(x: Tensor, scaling: Scaling, how: Rounding, rule: str, given: Given) -> Parts:
@@ -84,13 +84,30 @@ def encode(x: Tensor, scaling: Scaling, how: Rounding, rule: str, given: Given) 
 
 def decode(parts: Parts, scaling: Scaling, dtype: torch.dtype) -> Tensor:
     """The values of codes and scales, in `dtype`."""
+    import torch
+
     assert parts.scales is not None
     work = working_dtype(dtype, scaling.element)
     scales = Scales(parts.scales, parts.global_scale, parts.zero_points)
     values = scaling.tiling.split(scaling.element.values(parts.codes, work))
     if scales.zeros is not None:
         values = values - scaling.tiling.spread(scales.zeros.to(work))
-    return scaling.tiling.merge(values * scaling.tiling.spread(scales.factors(work))).to(dtype)
+    products = scaling.tiling.merge(values * scaling.tiling.spread(scales.factors(work)))
+    if not scaling.element.has_infinity:
+        return _bounded(products, dtype)
+    infinite = scaling.tiling.merge(values).isinf()
+    return torch.where(infinite, products.to(dtype), _bounded(products.clone(), dtype))
+
+
+def _bounded(products: Tensor, dtype: torch.dtype) -> Tensor:
+    """Products of element and scale (overwritten) in `dtype`: at most its largest finite number, which they may pass.
+
+    Where a block holds an infinity, its scale is made for 2^128, and a finite element may round up to as much.
+    """
+    import torch
+
+    top = min(torch.finfo(dtype).max, torch.finfo(products.dtype).max)
+    return products.clamp_(-top, top).to(dtype)
 
 
 def _round(x: Tensor, scaling: Scaling, how: Rounding, rule: str, given: Given) -> Rounded:
@@ -104,8 +121,8 @@ def _round(x: Tensor, scaling: Scaling, how: Rounding, rule: str, given: Given) 
         return Rounded(element.round(scaled, how), scales, None)
     assert isinstance(element, Fixed)
     zeros = tiling.spread(scales.zeros.to(scaled.dtype))
-    codes = round_to_integers(finite(scaled), how).add_(zeros).clamp_(element.bottom_code, element.top_code)
-    return Rounded(codes.sub_(zeros), scales, zeros)
+    bounded = scaled.clamp_(element.bottom_code - zeros, element.top_code - zeros)
+    return Rounded(round_to_integers(bounded, how).add_(0.0), scales, zeros)
 
 
 def _divide(blocks: Tensor, scales: Scales, tiling: Tiling) -> Tensor:

@@ -104,7 +104,7 @@ class Colliding(torch.nn.Module):
 def test_names_that_collide_stay_apart(formats: dict[str, str]):
     torch.manual_seed(0)
     model, x = Colliding(), torch.randn(3, 32)
-    compiled = mxloom.compile(model, example={"x": x}, **formats)
+    compiled = mxloom.compile(model, {"quantize": [formats]} if formats else None, example={"x": x})
     (expected,) = Interpreter(compiled.module, compiled.weights)(x)
     assert torch.equal(compiled(x), expected)
     if not formats:
