@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xdsl.dialects.builtin import ModuleOp, TensorType
@@ -23,6 +23,16 @@ def shapes_of(module: ModuleOp, sizes: Sequence[tuple[int, ...]]) -> Shapes:
 
     Raises MxloomError where the sizes do not fit the module's inputs.
     """
+    return shapes_in(values_of(module, sizes))
+
+
+def shapes_in(values: Mapping[SSAValue, Any]) -> Shapes:
+    """The sizes of those values that are tensors."""
+    return {value: tuple(held.shape) for value, held in values.items() if isinstance(value.type, TensorType)}
+
+
+def values_of(module: ModuleOp, sizes: Sequence[tuple[int, ...]]) -> dict[SSAValue, Any]:
+    """Every value as `shapes_of` has it: tensors as fakes of their sizes and types without data, numbers as they are."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -38,4 +48,4 @@ def shapes_of(module: ModuleOp, sizes: Sequence[tuple[int, ...]]) -> Shapes:
                 values[op.result] = torch.empty(shape_of(op.result), dtype=torch_dtype(element_of(op.result)))
             elif isinstance(op, Operation):
                 values.update(zip(op.results, results(op, op.call(), values), strict=True))
-    return {value: tuple(held.shape) for value, held in values.items() if isinstance(value.type, TensorType)}
+    return values

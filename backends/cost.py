@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, cast
@@ -12,40 +12,36 @@ from xdsl.ir import Attribute, Operation, SSAValue
 
 from ..dialects.formats import is_wide, storage_bits
 from ..dialects.instances import name_of
-from ..dialects.operations._values import element_type, path_of
+from ..dialects.operations._origin import is_weight
+from ..dialects.operations._values import path_of, torch_dtype
 from ..dialects.operations.attention import AttentionOp
-from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import Contraction
-from ..dialects.operations.parameter import ParameterOp
-from ._shapes import Shapes, shapes_of
+from ..dialects.operations.contraction import Contraction, is_outer_product, weights_of
+from ..dialects.operations.opaque import AtenOp
+from ._opaque_macs import opaque_macs
+from ._shapes import Shapes, shapes_in, values_of
+from .stored_tensors import Tensor, stored_tensors
 from .weight_store import WeightStore
 
 NO_RULE = "no rule matches it"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One stored tensor: a parameter in the format in which the file holds it."""
-
-    name: str
-    format: str
-    elements: int
-    bits: int
-
-    @property
-    def bytes(self) -> int:
-        """The size in the file, rounded up to whole bytes."""
-        return -(-self.bits // 8)
+OUTER = "its product sums over one value"
+OPAQUE = "kept as a torch operator: no structured operation for it"
+UNKNOWN = "kept as a torch operator, MACs unknown"
 
 
 @dataclass(frozen=True)
 class Contracted:
-    """One contraction at stated sizes. Traffic counts each operand and the result once, in bytes of their formats."""
+    """One contraction at stated sizes, or an opaque operator that multiplies and sums (`kind` is then torch's name).
+
+    `operands` gives the format of each operand that is multiplied, `weights` those of them that follow from parameters
+    alone, `wide` those that stayed wide, and `why` they did. Traffic counts each operand and the result once, in bytes
+    of their formats. Where the MACs of an opaque operator are not known, they are 0 and `why` says so.
+    """
 
     name: str
     kind: str
     macs: int
     operands: dict[str, str]
+    weights: tuple[str, ...]
     wide: tuple[str, ...]
     why: str
     activation_elements: int
@@ -55,7 +51,7 @@ class Contracted:
     @property
     def formats(self) -> str:
         """`mxfp4 x mxint8`: weights first."""
-        order = sorted(self.operands, key=lambda n: (n not in ("weight", "b", "value"), n))
+        order = sorted(self.operands, key=lambda n: (n not in self.weights, n != "value", n))
         return " x ".join(dict.fromkeys(self.operands[n] for n in order))
 
 
@@ -138,88 +134,119 @@ class Cost:
 _WIDE = ("f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "i1", "index")
 
 
-def cost(module: ModuleOp, weights: WeightStore, sizes: Sequence[tuple[int, ...]]) -> Cost:
-    """What one forward over inputs of the given shapes costs, from types alone: nothing is run on data."""
-    shapes = shapes_of(module, sizes)
-    contractions = [_contracted(op, shapes) for op in module.walk() if isinstance(op, Contraction)]
-    return Cost(tuple(sizes), tuple(stored_tensors(module, weights)), tuple(contractions))
+def cost(
+    module: ModuleOp, weights: WeightStore, sizes: Sequence[tuple[int, ...]], *, state: Iterable[str] = ()
+) -> Cost:
+    """What one forward over inputs of the given shapes costs, from types alone: nothing is run on data.
 
-
-def stored_tensors(module: ModuleOp, weights: WeightStore) -> Iterator[Tensor]:
-    """Every tensor that the artefact holds: one for each parameter and format in which it is read."""
-    seen: set[tuple[str, Attribute | None]] = set()
+    `state` names what else belongs to the model and is stored with it, though no operation may read it.
+    """
+    values = values_of(module, sizes)
+    shapes = shapes_in(values)
+    contractions = list[Contracted]()
     for op in module.walk():
-        if not isinstance(op, ParameterOp):
-            continue
-        for format in _stored_formats(op):
-            if (op.source.data, format) in seen:
-                continue
-            seen.add((op.source.data, format))
-            yield _tensor(op, format, weights)
-
-
-def _stored_formats(op: ParameterOp) -> list[Attribute | None]:
-    """The formats in which a parameter is read; None stands for the wide tensor as the checkpoint stores it."""
-    own = op.result.type.element_type
-    if not is_wide(own):
-        return [own]
-    formats = list[Attribute | None]()
-    for use in op.result.uses:
-        reader = use.operation
-        format = cast(TensorType, reader.result.type).element_type if isinstance(reader, CastOp) else None
-        # A cast into another wide type rounds when the weight is read; what is stored is the checkpoint's tensor.
-        formats.append(None if format is None or is_wide(format) else format)
-    return list(dict.fromkeys(formats))
-
-
-def _tensor(op: ParameterOp, format: Attribute | None, weights: WeightStore) -> Tensor:
-    name, shape = op.source.data, op.result.type.get_shape()
-    if format is None:
-        bits = weights.stored_bits(name)
-        return Tensor(name, name_of(element_type(weights.dtype(name))), prod(shape), bits)
-    return Tensor(name, name_of(format), prod(shape), storage_bits(format, shape))
+        if isinstance(op, Contraction):
+            contractions.append(_contracted(op, shapes))
+        elif isinstance(op, AtenOp) and (found := _opaque(op, shapes, values)) is not None:
+            contractions.append(found)
+    return Cost(tuple(sizes), tuple(stored_tensors(module, weights, state)), tuple(contractions))
 
 
 def _contracted(op: Contraction, shapes: Shapes) -> Contracted:
-    operands: dict[str, str] = {}
-    wide: list[str] = []
-    elements = bits = traffic = 0
+    weights = weights_of(op)
+    counted = _Counted()
     for name in op.reduced():
-        format, shape, is_weight = _operand(op, name, shapes)
-        operands[name] = name_of(format)
+        counted.add(name, *_operand(op, name, shapes), is_weight=name in weights, is_moved=name != "probabilities")
+    counted.add_results(op, shapes)
+    macs = op.macs(lambda v: shapes[v])
+    return counted.contracted(path_of(op.results[0]) or op.name, op.name.removeprefix("mx."), macs, _why(op))
+
+
+def _why(op: Contraction) -> str:
+    """Why an operand of the operation has no format."""
+    if is_outer_product(op):
+        return OUTER
+    rule = op.attributes.get("rule")
+    return f"rule {rule.value.data} gives it no format" if isinstance(rule, IntegerAttr) else NO_RULE
+
+
+def _opaque(op: AtenOp, shapes: Shapes, values: Mapping[SSAValue, Any]) -> Contracted | None:
+    """The operator, if it multiplies and sums floats, or if it may and reads a weight; None for any other."""
+    floats = {value for value in op.operands if _is_float(value)}
+    macs = opaque_macs(op, values) if floats else 0
+    weights = {value for value in floats if is_weight(value)}
+    if macs == 0 or (macs is None and not weights):
+        return None
+    counted = _Counted()
+    for name, value in op.named_operands():
+        if value in floats:
+            counted.add(name, _element(value), shapes[value], is_weight=value in weights)
+    counted.add_results(op, shapes)
+    name = path_of(op.results[0]) or op.target.data
+    return counted.contracted(name, op.target.data, macs or 0, UNKNOWN if macs is None else OPAQUE)
+
+
+class _Counted:
+    """What the operands and results of one operation add up to."""
+
+    def __init__(self) -> None:
+        self.formats: dict[str, str] = {}
+        self.weights: dict[str, None] = {}
+        self.wide: dict[str, None] = {}
+        self.elements = self.bits = self.traffic = 0
+
+    def add(
+        self, name: str, format: Attribute, shape: tuple[int, ...], *, is_weight: bool, is_moved: bool = True
+    ) -> None:
+        """Count an operand; one that is made inside the operation is not moved."""
+        self.formats[name] = name_of(format)
         size = storage_bits(format, shape)
         if is_wide(format):
-            wide.append(name)
-        if not is_weight:
-            elements, bits = elements + prod(shape), bits + size
-        if name != "probabilities":
-            traffic += -(-size // 8)
-    for result in op.results:
-        traffic += -(-storage_bits(cast(TensorType, result.type).element_type, shapes[result]) // 8)
-    rule = op.attributes.get("rule")
-    why = f"rule {rule.value.data} gives it no format" if isinstance(rule, IntegerAttr) else NO_RULE
-    why = why if wide else ""
-    name = path_of(op.results[0]) or op.name
-    macs = op.macs(lambda v: shapes[v])
-    return Contracted(name, op.name.removeprefix("mx."), macs, operands, tuple(wide), why, elements, bits, traffic)
+            self.wide[name] = None
+        if is_weight:
+            self.weights[name] = None
+        else:
+            self.elements, self.bits = self.elements + prod(shape), self.bits + size
+        self.traffic += -(-size // 8) if is_moved else 0
+
+    def add_results(self, op: Operation, shapes: Shapes) -> None:
+        """Count what the operation writes."""
+        for result in op.results:
+            if isinstance(result.type, TensorType):
+                self.traffic += -(-storage_bits(_element(result), shapes[result]) // 8)
+
+    def contracted(self, name: str, kind: str, macs: int, why: str) -> Contracted:
+        """The sums under the operation's name; `why` is left out where nothing stayed wide."""
+        return Contracted(
+            name=name,
+            kind=kind,
+            macs=macs,
+            operands=self.formats,
+            weights=tuple(self.weights),
+            wide=tuple(self.wide),
+            why=why if self.wide else "",
+            activation_elements=self.elements,
+            activation_bits=self.bits,
+            traffic_bytes=self.traffic,
+        )
 
 
-def _operand(op: Contraction, name: str, shapes: Shapes) -> tuple[Attribute, tuple[int, ...], bool]:
+def _operand(op: Contraction, name: str, shapes: Shapes) -> tuple[Attribute, tuple[int, ...]]:
     if name == "probabilities" and isinstance(op, AttentionOp):
         query, key = shapes[op.query], shapes[op.key]
-        query_type = cast(TensorType, op.query.type).element_type
-        format = op.probabilities or (
-            query_type if is_wide(query_type) else cast(TensorType, op.results[0].type).element_type
-        )
-        return format, (*query[:-1], key[-2]), False
+        of_query = _element(op.query)
+        format = op.probabilities or (of_query if is_wide(of_query) else _element(op.results[0]))
+        return format, (*query[:-1], key[-2])
     value = cast(SSAValue, getattr(op, name))
-    return cast(TensorType, value.type).element_type, shapes[value], _is_weight(value)
+    return _element(value), shapes[value]
 
 
-def _is_weight(value: SSAValue) -> bool:
-    while isinstance(value.owner, CastOp):
-        value = value.owner.input
-    return isinstance(value.owner, Operation) and isinstance(value.owner, ParameterOp)
+def _element(value: SSAValue) -> Attribute:
+    return cast(TensorType, value.type).element_type
+
+
+def _is_float(value: SSAValue) -> bool:
+    return isinstance(value.type, TensorType) and torch_dtype(_element(value)).is_floating_point
 
 
 def ratio(part: float, whole: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from xdsl.dialects.builtin import ModuleOp
 
 from ..dialects.operations._values import path_of
 from ..dialects.operations.opaque import AtenOp
-from .cost import cost, ratio
+from .cost import UNKNOWN, cost, ratio
 from .weight_store import WeightStore
 
 
@@ -20,7 +20,8 @@ class Coverage:
     """Shares between 0 and 1: `macs` by the formats of the operands, `bytes` and `elements` by stored format.
 
     `quantized_macs` is the share of MACs all of whose operands are narrow, `weights_only_macs` that of those whose
-    weight alone is. `wide` lists each operand that stayed wide: its name, its share of MACs, and why.
+    weight alone is. `wide` lists each operand that stayed wide: its name, its share of MACs, and why; torch operators
+    that multiply and sum, and that no structured operation stands for, are among them.
     """
 
     macs: dict[str, float]
@@ -40,6 +41,9 @@ class Coverage:
         if kept:
             rest = f"; and {len(kept) - 8} more" if len(kept) > 8 else ""
             lines.append(f"kept wide: {'; '.join(kept[:8])}{rest}")
+        unknown = dict.fromkeys(_folded(name.rpartition(".")[0]) for name, _, why in self.wide if why == UNKNOWN)
+        if unknown:
+            lines.append(f"{UNKNOWN}: {', '.join(unknown)}")
         return "\n".join(lines)
 
     def _kept(self) -> list[str]:
@@ -47,8 +51,10 @@ class Coverage:
         shares: dict[tuple[str, str], dict[str, float]] = {}
         operands: dict[tuple[str, str], dict[str, None]] = {}
         for name, share, why in self.wide:
+            if why == UNKNOWN:
+                continue
             module, _, operand = name.rpartition(".")
-            key = re.sub(r"(?<=\.)\d+(?=\.)", "*", module), why
+            key = _folded(module), why
             shares.setdefault(key, {})[module] = share
             operands.setdefault(key, {})[operand] = None
         order = sorted(shares, key=lambda key: -sum(shares[key].values()))
@@ -61,9 +67,16 @@ class Coverage:
         return asdict(self)
 
 
-def coverage(module: ModuleOp, weights: WeightStore, sizes: Sequence[tuple[int, ...]]) -> Coverage:
-    """Which share of MACs and bytes has which format, what stayed wide, and why."""
-    total = cost(module, weights, sizes)
+def _folded(module: str) -> str:
+    """The name with `*` for the numbers of layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", module)
+
+
+def coverage(
+    module: ModuleOp, weights: WeightStore, sizes: Sequence[tuple[int, ...]], *, state: Iterable[str] = ()
+) -> Coverage:
+    """Which share of MACs and bytes has which format, what stayed wide, and why; arguments as in `cost`."""
+    total = cost(module, weights, sizes, state=state)
     macs, bytes, elements = dict[str, float](), dict[str, float](), dict[str, float]()
     for c in total.contractions:
         macs[c.formats] = macs.get(c.formats, 0.0) + ratio(c.macs, total.macs)
@@ -71,9 +84,7 @@ def coverage(module: ModuleOp, weights: WeightStore, sizes: Sequence[tuple[int, 
         bytes[t.format] = bytes.get(t.format, 0.0) + ratio(t.bytes, total.bytes)
         elements[t.format] = elements.get(t.format, 0.0) + ratio(t.elements, total.parameters)
     full = sum(c.macs for c in total.contractions if not c.wide)
-    weights_only = sum(
-        c.macs for c in total.contractions if c.wide and "weight" in c.operands and "weight" not in c.wide
-    )
+    weights_only = sum(c.macs for c in total.contractions if c.wide and c.weights and not {*c.weights} & {*c.wide})
     wide = tuple((f"{c.name}.{o}", ratio(c.macs, total.macs), c.why) for c in total.contractions for o in c.wide)
     opaque = tuple(f"{path_of(op.results[0])} ({op.target.data})" for op in module.walk() if isinstance(op, AtenOp))
     return Coverage(macs, bytes, elements, ratio(full, total.macs), ratio(weights_only, total.macs), wide, opaque)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """The program in functional operators.
+def decomposed(program: ExportedProgram, table: Mapping[Any, Any] | None = None) -> ExportedProgram:
+    """The program in functional operators; those of `table` (torch's kind of table) are rewritten, no others.
 
     torch writes the names of weights into Python code on the way, which a module named `return` or `x"y` would break:
     such weights have another name meanwhile.
@@ -25,9 +25,9 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
             renamed[name] = unique("weight", taken.__contains__)
             taken.add(renamed[name])
     if not renamed:
-        return program.run_decompositions({})
+        return program.run_decompositions(dict(table or {}))
     _rename(program, renamed)
-    result = program.run_decompositions({})
+    result = program.run_decompositions(dict(table or {}))
     _rename(result, {new: old for old, new in renamed.items()})
     return result
 

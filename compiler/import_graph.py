@@ -12,6 +12,7 @@ from xdsl.dialects import builtin
 from xdsl.dialects.builtin import DictionaryAttr, FileLineColLoc, IntAttr, ModuleOp, StringAttr, TensorType
 from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import Attribute, SSAValue
+from xdsl.utils.exceptions import VerifyException
 
 from ..dialects import torch_operators
 from ..dialects.errors import MxloomError
@@ -25,6 +26,7 @@ from ..dialects.operations.contraction import Contraction, EmbeddingOp, MatmulOp
 from ..dialects.operations.normalization import Normalization, SoftmaxOp
 from ..dialects.operations.opaque import AtenOp, SymOp
 from ..dialects.operations.parameter import ParameterOp
+from .products import is_product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +129,7 @@ class _Importer:
         arguments = list(self._arguments(node))
         for operation, aten in _declared().get(name, ()):
             made = operation.from_arguments(aten, arguments, types)
-            if made is not None:
+            if made is not None and _verifies(made):
                 return made
         return self._opaque(node, name, arguments, types)
 
@@ -169,7 +171,7 @@ class _Importer:
         if place is not None:
             made.location = place
         path = module_path(node)
-        name = path if path and _is_module(made) else f"{path}.{_plain(node.name)}" if path else node.name
+        name = path if path and _is_module(made, node) else f"{path}.{_plain(node.name)}" if path else node.name
         for result in made.results:
             result.name_hint = self._unique(name)
 
@@ -207,14 +209,24 @@ def _declared() -> dict[str, list[tuple[type[TorchOperation], Aten]]]:
     return found
 
 
+def _verifies(operation: Operation) -> bool:
+    """Whether a declared operation holds the node; torch takes more (a bias that is a matrix). Erased where not."""
+    try:
+        operation.verify_()
+    except VerifyException:
+        operation.erase()
+        return False
+    return True
+
+
 def _plain(node_name: str) -> str:
     """A node's name without the number that tells it from nodes of other modules: `attention_1` as `attention`."""
     return re.sub(r"(?<=[a-zA-Z])_\d+$", "", node_name)
 
 
-def _is_module(operation: Operation) -> bool:
+def _is_module(operation: Operation, node: Node) -> bool:
     """Whether the operation is what a module of the model does, so that it bears the module's own name."""
-    if isinstance(operation, AttentionOp | MatmulOp | SoftmaxOp):
+    if isinstance(operation, AttentionOp | MatmulOp | SoftmaxOp) or is_product(node):
         return False
     return isinstance(operation, Contraction | EmbeddingOp | Normalization)
 

@@ -30,7 +30,7 @@ class ModelSource:
     `model` computes in f32. Where the weights lie in files its parameters and persistent buffers are on the meta
     device; what no file holds (rotary frequencies, positions) is there with its values, in f32 whatever the dtype of
     the checkpoint, and in `weights` too. `notes` say what was unusual about the checkpoint; `imported` keeps the module
-    once the model has been captured.
+    once the model has been captured, `held` names the state where `model` has none to show.
     """
 
     model: nn.Module
@@ -42,6 +42,12 @@ class ModelSource:
     notes: tuple[str, ...] = ()
     inputs: dict[str, Tensor] = field(default_factory=dict)
     imported: ModuleOp | None = None
+    held: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """The names of what belongs to the model and is stored with it: parameters and persistent buffers."""
+        return self.held or tuple(self.model.state_dict())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the model, loaded once. MxloomError if there is none."""

@@ -1,4 +1,4 @@
-"""FX to FX: drop what has no meaning on values, recognise rms_norm and rope.
+"""FX to FX: drop what has no meaning on values, spell products with weights alike, recognise rms_norm and rope.
 
 The graph stays runnable, so that torch itself remains the oracle for every step of it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..dialects import torch_operators
+from .products import fold_transposes
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -23,6 +24,7 @@ def simplify(program: ExportedProgram) -> ExportedProgram:
     graph = program.graph
     _drop_valueless(graph)
     _spell_alike(graph)
+    fold_transposes(program)
     graph.eliminate_dead_code()
     _fuse_rms_norm(graph)
     _fuse_rope(graph)
@@ -76,7 +78,7 @@ def _spell_alike(graph: Graph) -> None:
     for node in list(graph.nodes):
         if _is(node, aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
-        elif _is(node, aten.bmm.default, aten.mm.default):
+        elif _is(node, aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default):
             node.target = aten.matmul.default
         elif _is(node, aten.chunk.default) and isinstance(size := _chunk_size(node), int):
             node.target, node.args = aten.split.Tensor, (node.args[0], size, *node.args[2:])

@@ -15,8 +15,7 @@ from ..dialects.instances import format_of, name_of
 from ..dialects.operations._values import hint_of, path_of
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import Contraction, EmbeddingOp
-from ..dialects.operations.parameter import ParameterOp
+from ..dialects.operations.contraction import Contraction, EmbeddingOp, MatmulOp, is_outer_product, weights_of
 
 Role = Literal["weight", "activation", "attention", "cache"]
 
@@ -27,9 +26,10 @@ ROLES: tuple[Role, ...] = ("weight", "activation", "attention", "cache")
 class Site:
     """One operand of one operation: where a cast may stand.
 
-    `role` says what the value is: a `weight` (it comes from a parameter), an `activation`, an `attention` operand
-    (query, key, value, the probabilities, or both sides of a product of two computed values), or the `cache`
-    (key and value as a cache would hold them, rounded before attention reads them).
+    `role` says what the value is: a `weight` (it follows from parameters alone, in whatever layout), an `activation`
+    (it meets a weight), an `attention` operand (query, key, value, the probabilities, or both sides of a product of
+    two computed values), or the `cache` (key and value as a cache would hold them, rounded before attention reads
+    them).
     """
 
     operation: Operation
@@ -152,16 +152,12 @@ def sites_of(operation: Operation) -> Iterator[Site]:
         return
     if not isinstance(operation, Contraction):
         return
-    products = {"matmul", "attention"}
+    if is_outer_product(operation):
+        return
+    weights = weights_of(operation)
+    computed = isinstance(operation, AttentionOp) or (isinstance(operation, MatmulOp) and not weights)
     for operand in operation.reduced():
-        if operand == "probabilities":
-            yield Site(operation, operand, "attention")
-        elif isinstance(root(getattr(operation, operand)).owner, ParameterOp):
-            yield Site(operation, operand, "weight")
-        else:
-            yield Site(
-                operation, operand, "attention" if operation.name.removeprefix("mx.") in products else "activation"
-            )
+        yield Site(operation, operand, "weight" if operand in weights else "attention" if computed else "activation")
     if isinstance(operation, AttentionOp):
         yield Site(operation, "key", "cache")
         yield Site(operation, "value", "cache")
@@ -186,7 +182,7 @@ def rounding_properties(how: Rounding) -> dict[str, Attribute]:
         properties["scale_rule"] = StringAttr(how.scale_rule)
     if how.clip is not None:
         properties["clip"] = FloatAttr(how.clip, 64)
-    if how.seed:
+    if how.seed or how.rounding == "stochastic":
         properties["seed"] = IntegerAttr(how.seed, 64)
     return properties
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp, StringAttr, TensorType
-from xdsl.ir import TypeAttribute
+from xdsl.dialects.builtin import ModuleOp, StringAttr
+from xdsl.ir import Operation as XdslOperation
+from xdsl.ir import SSAValue, TypeAttribute
 from xdsl.passes import ModulePass
 from xdsl.rewriter import InsertPoint, Rewriter
 
+from ..backends.reference import results
 from ..backends.weight_store import WeightStore
 from ..dialects.formats import encode_tensor, is_wide
+from ..dialects.operations._operation import Operation
+from ..dialects.operations._origin import stored_readers
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
 from ._context import weights_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class Pack(ModulePass):
 
     The first cast of a parameter that has no other reader takes over the parameter's name; a further one, or one
     beside readers of the wide tensor, gets the name with `.as.<reader>` behind it, so that a tied weight in two
-    formats is stored as the two tensors it then is. Needs the weights.
+    formats is stored as the two tensors it then is. A weight that is cast in another layout is stored in that layout.
+    Needs the weights.
     """
 
     name = "pack"
@@ -36,13 +44,14 @@ class Pack(ModulePass):
 
 
 def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
-    casts = [u.operation for u in parameter.result.uses if isinstance(u.operation, CastOp)]
-    casts = [c for c in casts if not is_wide(cast(TensorType, c.result.type).element_type)]
+    readers = stored_readers(parameter) if is_wide(parameter.result.type.element_type) else []
+    casts = [c for c in readers if c is not None]
     source = parameter.source.data
-    free = {source} if len(casts) == len(list(parameter.result.uses)) else set[str]()
+    free = {source} if len(casts) == len(readers) else set[str]()
     # Encoded before anything is put into the store: the first encoding may take the wide tensor's name.
     encoded = [
-        encode_tensor(weights.wide(source), cast(TypeAttribute, c.result.type.element_type), c.how()) for c in casts
+        encode_tensor(_laid_out(c.input, weights), cast(TypeAttribute, c.result.type.element_type), c.how())
+        for c in casts
     ]
     for position, (op, value) in enumerate(zip(casts, encoded, strict=True)):
         name = free.pop() if free else _second_name(source, op, position)
@@ -51,9 +60,25 @@ def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
         stored.result.name_hint = parameter.result.name_hint if name == source else op.result.name_hint
         Rewriter.insert_op(stored, InsertPoint.before(op))
         op.result.replace_all_uses_with(stored.result)
-        Rewriter.erase_op(op)
-    if casts and not parameter.result.uses:
-        Rewriter.erase_op(parameter)
+        _erase_unused(op)
+
+
+def _laid_out(value: SSAValue, weights: WeightStore) -> Tensor:
+    """A parameter's values, moved as the operations between it and `value` move them."""
+    owner = cast(Operation, value.owner)
+    if isinstance(owner, ParameterOp):
+        return weights.wide(owner.source.data)
+    below = owner.operands[0]
+    return results(owner, owner.call(), {below: _laid_out(below, weights)})[0]
+
+
+def _erase_unused(op: XdslOperation) -> None:
+    """Erase an operation that nobody reads, and what only it read."""
+    below = [operand.owner for operand in op.operands]
+    Rewriter.erase_op(op)
+    for owner in below:
+        if isinstance(owner, Operation) and not any(result.uses for result in owner.results):
+            _erase_unused(owner)
 
 
 def _second_name(source: str, op: CastOp, position: int) -> str:

@@ -52,6 +52,10 @@ class CastOp(Operation):
             how = self.how()
         except UsageError as error:
             raise VerifyException(f"{self.name}: {error}") from None
+        self.require(how.seed >= 0, f"a seed is 0 or more, got {how.seed}")
+        self.require(
+            how.rounding != "stochastic" or self.seed is not None, "stochastic rounding needs a seed: {seed = 0 : i64}"
+        )
         check_rule(self, element_of(self.result), how.scale_rule)
 
     def call(self) -> Call:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Self
 
 from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, TensorType, UnitAttr
+from xdsl.ir import Attribute, SSAValue
 from xdsl.irdl import irdl_op_definition, operand_def, opt_operand_def, opt_prop_def, result_def
 
+from ._origin import is_weight
 from ._shapes import UNKNOWN, Shape, ShapeOf, broadcast, fits, product, same, shape_of, text
-from ._torch_operation import Aten, TorchOperation
+from ._torch_operation import Argument, Aten, TorchOperation
 
 Reduced = dict[str, tuple[int, ...]]
 
@@ -25,7 +28,7 @@ class Contraction(TorchOperation):
 class LinearOp(Contraction):
     """Input times transposed weight, plus bias: summed wide, rounded once into the result's type.
 
-    input [..., K], weight [N, K] ([K, N] when `transposed`, input [M, K] then), bias [N] -> [..., N].
+    input [..., K], weight [N, K] ([K, N] when `transposed`; a bias then wants an input [M, K]), bias [N] -> [..., N].
     """
 
     name = "mx.linear"
@@ -35,6 +38,11 @@ class LinearOp(Contraction):
             "aten.addmm.default",
             names={"self": "bias", "mat1": "input", "mat2": "weight"},
             implied={"alpha": 1, "beta": 1},
+            sets={"transposed": UnitAttr()},
+        ),
+        Aten(
+            "aten.matmul.default",
+            names={"self": "input", "other": "weight"},
             sets={"transposed": UnitAttr()},
         ),
     )
@@ -58,8 +66,20 @@ class LinearOp(Contraction):
             expected = (self._outputs(),)
             got = shape_of(self.bias)
             self.require(fits(expected, got), f"the bias must be {text(expected)}, got {text(got)}")
-        if self.transposed is not None:
-            self.require(self.bias is not None and len(given) == 2, "transposed needs a matrix as input, and a bias")
+        if self.transposed is not None and self.bias is not None:
+            self.require(len(given) == 2, f"transposed and with a bias, it needs a matrix as input, got {text(given)}")
+
+    @classmethod
+    def from_arguments(
+        cls, aten: Aten, arguments: Iterable[Argument], result_types: Sequence[Attribute]
+    ) -> Self | None:
+        """A matrix product is a linear where its second operand is a matrix of parameters, and the first is not."""
+        arguments = list(arguments)
+        if aten.target == "aten.matmul.default":
+            given, weight = (argument.value for argument in arguments)
+            if len(shape_of(weight)) != 2 or not is_weight(weight) or is_weight(given):
+                return None
+        return super().from_arguments(aten, arguments, result_types)
 
     def result_shape(self) -> Shape:
         return (*shape_of(self.input)[:-1], self._outputs())
@@ -71,7 +91,9 @@ class LinearOp(Contraction):
         return {"input": (-1,), "weight": (-2,) if self.transposed is not None else (-1,)}
 
     def operator(self) -> Aten:
-        return self.ATEN[1 if self.transposed is not None else 0]
+        if self.transposed is None:
+            return self.ATEN[0]
+        return self.ATEN[1 if self.bias is not None else 2]
 
     def _outputs(self) -> int:
         return shape_of(self.weight)[1 if self.transposed is not None else 0]
@@ -109,6 +131,17 @@ class MatmulOp(Contraction):
 
     def reduced(self) -> Reduced:
         return {"input": (-1,), "other": (-2,) if len(shape_of(self.other)) > 1 else (-1,)}
+
+
+def weights_of(operation: Contraction) -> tuple[str, ...]:
+    """The names of the multiplied operands that follow from parameters alone."""
+    values = {name: getattr(operation, name) for name in operation.reduced()}
+    return tuple(name for name, value in values.items() if isinstance(value, SSAValue) and is_weight(value))
+
+
+def is_outer_product(operation: Contraction) -> bool:
+    """Whether a product sums over one value, as positions times frequencies do: nothing is accumulated."""
+    return isinstance(operation, MatmulOp) and shape_of(operation.input)[-1] == 1
 
 
 @irdl_op_definition

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import ClassVar
 
 from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntegerAttr, TensorType, UnitAttr
@@ -29,6 +30,12 @@ class Normalization(TorchOperation):
     def result_shape(self) -> Shape:
         return shape_of(self.input)
 
+    def check(self) -> None:
+        eps = self.properties.get("eps")
+        if isinstance(eps, FloatAttr):
+            value = eps.value.data
+            self.require(isfinite(value) and value >= 0, f"eps is a number of 0 or more, got {value}")
+
     def require_vector(self, role: str, value: SSAValue | None, expected: Shape) -> None:
         """Raise VerifyException unless the operand, where it is given, has the expected shape."""
         if value is not None:
@@ -53,6 +60,7 @@ class RMSNormOp(Normalization):
     result = result_def(TensorType)
 
     def check(self) -> None:
+        super().check()
         self.require_vector("weight", self.weight, shape_of(self.input)[-1:])
 
 
@@ -73,6 +81,7 @@ class LayerNormOp(Normalization):
     result = result_def(TensorType)
 
     def check(self) -> None:
+        super().check()
         normalized = tuple(size.value.data for size in self.normalized_shape)
         given = shape_of(self.input)
         self.require(
@@ -107,6 +116,7 @@ class BatchNormOp(Normalization):
     result = result_def(TensorType)
 
     def check(self) -> None:
+        super().check()
         channels = shape_of(self.input)[1:2]
         for role in ("running_mean", "running_var", "weight", "bias"):
             self.require_vector(role, getattr(self, role), channels)
@@ -129,6 +139,7 @@ class GroupNormOp(Normalization):
     result = result_def(TensorType)
 
     def check(self) -> None:
+        super().check()
         channels = shape_of(self.input)[1:2]
         self.require_vector("weight", self.weight, channels)
         self.require_vector("bias", self.bias, channels)
@@ -147,5 +158,6 @@ class SoftmaxOp(Normalization):
     result = result_def(TensorType)
 
     def check(self) -> None:
+        super().check()
         rank = len(shape_of(self.input))
         self.require(-rank <= self.dim.value.data < rank, f"dim {self.dim.value.data} is not one of {rank} dimensions")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from xdsl.dialects.builtin import DictionaryAttr, StringAttr
+from xdsl.ir import SSAValue
 from xdsl.irdl import irdl_op_definition, prop_def, var_operand_def, var_result_def
 
+from ..errors import MxloomError
 from ._operation import Call, Operation
+from ._signature import fault_of_arguments, fault_of_results, fault_of_sizes
 from ._values import decode
 
 
@@ -24,6 +28,18 @@ class Opaque(Operation):
         operands = iter(self.operands)
         return {name: decode(named.data[name], operands) for name in order if name in named.data}
 
+    def fault(self) -> str | None:
+        """What is wrong with target, arguments or results; MxloomError for a target that nobody knows."""
+        raise NotImplementedError(f"{self.name} does not say what its target takes")
+
+    def check(self) -> None:
+        try:
+            fault = self.fault()
+        except MxloomError as error:
+            fault = str(error)
+        if fault is not None:
+            self.require(False, fault)
+
 
 @irdl_op_definition
 class AtenOp(Opaque):
@@ -37,6 +53,19 @@ class AtenOp(Opaque):
     outputs = var_result_def()
 
     assembly_format = "$target `(` $inputs `)` $arguments attr-dict `:` functional-type($inputs, $outputs)"
+
+    def named_operands(self) -> Iterator[tuple[str, SSAValue]]:
+        """Each operand under the name of the argument that holds it, alone or in a list."""
+        from ..torch_operators import operator
+
+        order = [argument.name for argument in operator(self.target.data)._schema.arguments]
+        for name, value in self.argument_values(order).items():
+            held = value if isinstance(value, list) else [value]
+            yield from ((name, item) for item in held if isinstance(item, SSAValue))
+
+    def fault(self) -> str | None:
+        wrong = fault_of_arguments(self.target.data, self.arguments.data, iter(self.operands))
+        return wrong or fault_of_results(self.target.data, [result.type for result in self.results])
 
     def call(self) -> Call:
         from ..torch_operators import operator
@@ -57,6 +86,12 @@ class SymOp(Opaque):
     outputs = var_result_def()
 
     assembly_format = "$target `(` $inputs `)` $arguments attr-dict `:` functional-type($inputs, $outputs)"
+
+    def fault(self) -> str | None:
+        from ..torch_operators import size_function
+
+        target = self.target.data
+        return fault_of_sizes(target, size_function(target), self.arguments.data, iter(self.operands))
 
     def call(self) -> Call:
         from ..torch_operators import size_function

@@ -19,8 +19,9 @@ REFUSED = {
         "mx.linear: the bias must be [32], got [64]",
     ),
     "linear: transposed": (
-        "mx.linear %x, %w, transposed : (tensor<2x64xf32>, tensor<64x32xf32>) -> tensor<2x32xf32>",
-        "mx.linear: transposed needs a matrix as input, and a bias",
+        "mx.linear %x, %w, %b, transposed : (tensor<5x2x64xf32>, tensor<64x32xf32>, tensor<32xf32>) "
+        "-> tensor<5x2x32xf32>",
+        "mx.linear: transposed and with a bias, it needs a matrix as input, got [5, 2, 64]",
     ),
     "matmul": (
         "mx.matmul %x, %w : (tensor<2x64xf32>, tensor<32x64xf32>) -> tensor<2x64xf32>",
@@ -113,6 +114,79 @@ REFUSED = {
     "cast: rule of another family": (
         'mx.cast %x {scale_rule = "even"} : tensor<2x64xf32> to tensor<2x64x!mx.block<32xi8, f32>>',
         'mx.cast: scale rule "even" does not fit !mx.block<32xi8, f32>; it takes absmax',
+    ),
+    "cast: seed": (
+        'mx.cast %x {rounding = "stochastic", seed = -1 : i64} : tensor<2x64xf32> to tensor<2x64xf8E4M3FN>',
+        "mx.cast: a seed is 0 or more, got -1",
+    ),
+    "cast: stochastic without a seed": (
+        'mx.cast %x {rounding = "stochastic"} : tensor<2x64xf32> to tensor<2x64xf8E4M3FN>',
+        "mx.cast: stochastic rounding needs a seed: {seed = 0 : i64}",
+    ),
+    "rms_norm: eps that is no number": (
+        "mx.rms_norm %x, eps = <0x7FF8000000000000 : f64> : (tensor<2x64xf32>) -> tensor<2x64xf32>",
+        "mx.rms_norm: eps is a number of 0 or more, got nan",
+    ),
+    "rms_norm: negative eps": (
+        "mx.rms_norm %x, eps = -1.0e-06 : (tensor<2x64xf32>) -> tensor<2x64xf32>",
+        "mx.rms_norm: eps is a number of 0 or more, got -1e-06",
+    ),
+    "layer_norm: infinite eps": (
+        "mx.layer_norm %x, normalized_shape = [64], eps = <0x7FF0000000000000 : f64> "
+        ": (tensor<2x64xf32>) -> tensor<2x64xf32>",
+        "mx.layer_norm: eps is a number of 0 or more, got inf",
+    ),
+    "aten: unknown": (
+        'mx.aten "aten.arrange.default"(%x) {self} : (tensor<2xf32>) -> tensor<2xf32>',
+        'mx.aten: operator "aten.arrange.default" is not known to torch',
+    ),
+    "aten: in place": (
+        'mx.aten "aten.relu_.default"(%x) {self} : (tensor<2xf32>) -> tensor<2xf32>',
+        'mx.aten: operator "aten.relu_.default" changes its arguments or touches files',
+    ),
+    "aten: argument": (
+        'mx.aten "aten.cos.default"(%x) {input} : (tensor<2xf32>) -> tensor<2xf32>',
+        'mx.aten: "aten.cos.default" has no argument input; it has self',
+    ),
+    "aten: needed argument": (
+        'mx.aten "aten.cumsum.default"(%x) {self} : (tensor<2xf32>) -> tensor<2xf32>',
+        'mx.aten: "aten.cumsum.default" needs the argument dim',
+    ),
+    "aten: kind of an argument": (
+        'mx.aten "aten.cumsum.default"(%x) {self, dim = "one"} : (tensor<2xf32>) -> tensor<2xf32>',
+        'mx.aten: "aten.cumsum.default": its argument dim is int, got "one"',
+    ),
+    "aten: tensor for a number": (
+        'mx.aten "aten.cumsum.default"(%x, %w) {self, dim} : (tensor<2xf32>, tensor<2xf32>) -> tensor<2xf32>',
+        'mx.aten: "aten.cumsum.default": its argument dim is int, got an operand of another kind, or none',
+    ),
+    "aten: too few operands": (
+        'mx.aten "aten.atan2.default"(%x) {self, other} : (tensor<2xf32>) -> tensor<2xf32>',
+        'mx.aten: "aten.atan2.default": its argument other is Tensor, got an operand of another kind, or none',
+    ),
+    "aten: too many operands": (
+        'mx.aten "aten.cos.default"(%x, %w) {self} : (tensor<2xf32>, tensor<2xf32>) -> tensor<2xf32>',
+        'mx.aten: "aten.cos.default": 1 operands stand in no argument; `unit` marks the place of each',
+    ),
+    "aten: results": (
+        'mx.aten "aten.cos.default"(%x) {self} : (tensor<2xf32>) -> (tensor<2xf32>, tensor<2xf32>)',
+        'mx.aten: "aten.cos.default" has 1 results, got 2',
+    ),
+    "sym: unknown": (
+        'mx.sym "os.system"(%x) {a0} : (index) -> index',
+        'mx.sym: "os.system" is not arithmetic on sizes',
+    ),
+    "sym: names": (
+        'mx.sym "operator.add"(%x) {a0, a2 = 1 : i64} : (index) -> index',
+        'mx.sym: "operator.add" has no argument a2; they are called a0, a1, ... without a gap',
+    ),
+    "sym: count": (
+        'mx.sym "operator.add"(%x) {a0} : (index) -> index',
+        'mx.sym: "operator.add" does not take 1 arguments',
+    ),
+    "sym: a tensor": (
+        'mx.sym "operator.neg"(%x) {a0} : (tensor<2xf32>) -> index',
+        'mx.sym: "operator.neg": its argument a0 is no number',
     ),
     "expert_linear": (
         "mx.expert_linear %x, %w, %b : (tensor<6x64xf32>, tensor<4x16x32xf32>, tensor<6xi64>) -> tensor<6x16xf32>",
