@@ -16,7 +16,7 @@ from ..dialects.errors import MxloomError, did_you_mean
 from .attention_interface import register, structured
 from .decomposition import decomposed
 from .dynamic_sizes import Dims, dynamic_dims, frozen, model_frame
-from .precision import wide
+from .precision import wide, widened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,6 +54,7 @@ def capture(
     import torch
 
     _check_names(model, example)
+    example = widened(example)
     wanted = dynamic_dims(example, dynamic)
     _check_example(model, example, wanted)
     shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in wanted.items()}

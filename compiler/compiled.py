@@ -14,8 +14,10 @@ from xdsl.dialects.func import FuncOp
 from ..backends.cost import Cost, cost
 from ..backends.coverage import Coverage, coverage
 from ..backends.weight_store import WeightStore
+from ..dialects.arguments import whole_number
 from ..dialects.errors import UsageError
 from ..dialects.operations._shapes import UNKNOWN, shape_of
+from .inputs import field_names, fitted
 from .model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ class Compiled:
     """A typed module, its weights, and the model it came from.
 
     Called with the model's inputs by name or in the module's order, it yields the model's outputs (a named tuple;
-    a bare tensor where the model yields one), with the exact numerics of the types.
+    a bare tensor where the model yields one), with the exact numerics of the types. Float inputs of another dtype than
+    the module reads, which is f32 whatever the model's own, are converted: exactly from bf16 and f16.
     """
 
     module: ModuleOp
@@ -50,7 +53,7 @@ class Compiled:
         results = self.emulation(*self.arguments(*inputs, **named))
         if not self.outputs:
             return results[0]
-        return namedtuple("Outputs", self.outputs)(*results)
+        return namedtuple("Outputs", field_names(self.outputs))(*results)
 
     @property
     def function(self) -> FuncOp:
@@ -77,7 +80,11 @@ class Compiled:
         return build(self.module, self.weights)
 
     def arguments(self, *inputs: Tensor, **named: Tensor) -> list[Tensor]:
-        """The inputs in the module's order. Raises UsageError where one is missing, unknown, or given twice."""
+        """The inputs in the module's order and dtypes.
+
+        Raises UsageError where one is missing, unknown, given twice, or not of the input's type (rank, sizes that were
+        fixed, floats or integers).
+        """
         names = self.inputs
         if len(inputs) > len(names):
             raise UsageError(f"{self.source.name} takes {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
@@ -87,12 +94,15 @@ class Compiled:
             what = f"input {twice[0]!r} came twice" if twice else f"unknown input {unknown[0]!r}"
             raise UsageError(f"{self.source.name}: {what}; its inputs are {', '.join(names)}")
         given |= named
-        if "attention_mask" in names and "attention_mask" not in given and "input_ids" in given:
-            given["attention_mask"] = given["input_ids"].new_ones(given["input_ids"].shape)
+        ids: Any = given.get("input_ids")
+        if "attention_mask" in names and "attention_mask" not in given and hasattr(ids, "new_ones"):
+            given["attention_mask"] = ids.new_ones(ids.shape)
         missing = [n for n in names if n not in given]
         if missing:
             raise UsageError(f"{self.source.name}: input {missing[0]!r} is missing; its inputs are {', '.join(names)}")
-        return [given[n] for n in names]
+        arguments = self.function.body.block.args
+        own = [f"{self.source.name}: input {name!r}" for name in names]
+        return [fitted(given[n], argument, what) for n, argument, what in zip(names, arguments, own, strict=True)]
 
     def cost(self, *, batch: int = 1, sequence: int | None = None) -> Cost:
         """Bits, bytes, MACs and memory traffic, per site and in total, for one forward of batch x sequence.
@@ -109,8 +119,10 @@ class Compiled:
         """The shape of every input, its dynamic sizes filled in: the first is the batch, the others the sequence."""
         from .evaluated import positions
 
+        whole_number("batch", batch, 1)
         if sequence is None:
             sequence = min(SEQUENCE, positions(self.source.config) or SEQUENCE)
+        whole_number("sequence", sequence, 1)
         shapes = [shape_of(a) for a in self.function.body.block.args]
         fill = (batch, *[sequence] * 8)
         return [tuple(f if d == UNKNOWN else d for d, f in zip(shape, fill, strict=False)) for shape in shapes]

@@ -1,8 +1,12 @@
-"""A model of 16-bit tensors as the f32 model that it stands for, while it is captured."""
+"""A model of other floats as the f32 model that it stands for, while it is captured.
+
+mxloom computes in f32: a checkpoint in bf16 or f16 is widened, which is exact, one in f64 rounded to nearest. Weights,
+buffers and float inputs go alike, so that no operation meets two dtypes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def wide(model: nn.Module) -> Iterator[None]:
-    """Inside, every parameter and buffer of 16 bits is f32, rotary frequencies computed anew; afterwards as before.
+    """Inside, parameters and buffers in bf16, f16 and f64 are f32, rotary frequencies computed anew; then as before.
 
     This is the guard of rotary tables: `model.to(bfloat16)` rounds `inv_freq` too, which is wrong by whole turns at
     long positions, so the captured frequencies never come from the rounded buffer.
@@ -24,7 +28,7 @@ def wide(model: nn.Module) -> Iterator[None]:
         for part in model.modules()
         for held in (part._parameters, part._buffers)
         for name, tensor in held.items()
-        if tensor is not None and _is_narrow(tensor)
+        if tensor is not None and _is_other_float(tensor)
     ]
     rebuilt = _rebuilt_buffers(model)
     widened: dict[int, Any] = {}
@@ -39,6 +43,17 @@ def wide(model: nn.Module) -> Iterator[None]:
     finally:
         for held, name, tensor in before:
             held[name] = tensor
+
+
+def widened(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with every float tensor in f32."""
+    return {name: tensor.float() if _is_other_float(tensor) else tensor for name, tensor in example.items()}
+
+
+def _is_other_float(tensor: Tensor) -> bool:
+    import torch
+
+    return _is_narrow(tensor) or tensor.dtype == torch.float64
 
 
 def _is_narrow(tensor: Tensor) -> bool:
