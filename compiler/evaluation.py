@@ -14,7 +14,7 @@ from .classifier_evaluation import evaluate_classifier as evaluate_classifier
 from .embedding_evaluation import EmbeddingEvaluation as EmbeddingEvaluation
 from .embedding_evaluation import evaluate_embeddings as evaluate_embeddings
 from .evaluated import Evaluated, evaluated
-from .protocol import Protocol, windows_of
+from .protocol import Protocol, check_settings, read_text, windows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,26 +114,27 @@ def evaluate(
     into windows of `context` tokens without overlap, at most `limit` of them; the rest at the end is dropped. Each
     window stands alone, without a beginning-of-sequence token, and predicts `context` - 1 tokens.
 
-    An embedding model takes the lines of the text as sentences and needs `against`: `EmbeddingEvaluation`.
-    Raises MxloomError for a text shorter than a window and for logits that are NaN.
+    An embedding model takes the lines of the text as sentences, at most `limit`, and needs `against`:
+    `EmbeddingEvaluation`. Raises UsageError for an argument of a wrong kind, MxloomError for a text shorter than a
+    window and for logits that are NaN.
     """
+    check_settings(text, context, limit, characters, tokenizer)
     candidate = evaluated(model)
     reference = None if against is None else evaluated(against)
     if candidate.task == "embedding":
-        return _embeddings(candidate, reference, text, limit, tokenizer)
+        return _embeddings(candidate, reference, read_text(text)[0][:characters], limit, tokenizer)
     windows, protocol = windows_of(candidate, text, context, limit, characters, tokenizer)
     if reference is None:
         return _evaluation([_likelihoods(candidate, window) for window in windows], protocol)
     return _compared(candidate, reference, windows, protocol)
 
 
-def _embeddings(candidate: Evaluated, reference: Evaluated | None, text: str | Path, limit: int | None, tokenizer: Any):
-    from .protocol import read_text
-
+def _embeddings(
+    candidate: Evaluated, reference: Evaluated | None, text: str, limit: int | None, tokenizer: Any
+) -> EmbeddingEvaluation:
     if reference is None:
         raise UsageError(f"{candidate.name}: an embedding model is measured against another: give the float model.")
-    content, _, _ = read_text(text)
-    sentences = [line.strip() for line in content.splitlines() if line.strip()][:limit]
+    sentences = [line.strip() for line in text.splitlines() if line.strip()][:limit]
     return evaluate_embeddings(candidate, sentences, reference, tokenizer=tokenizer)
 
 

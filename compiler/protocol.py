@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..dialects.arguments import came, whole_number
 from ..dialects.errors import MxloomError, UsageError
 from ._quiet import quiet_transformers
 
@@ -52,7 +53,7 @@ def windows_of(
     """Windows of token numbers [context], one after the other in the text, and the protocol they make."""
     import torch
 
-    _check(model, context, limit, characters)
+    _check_model(model, context)
     content, name, digest = read_text(text)
     content = content[:characters]
     with quiet_transformers():
@@ -73,16 +74,24 @@ def _exceeded(model: Evaluated, context: int) -> int | None:
     return stated if isinstance(stated, int) and context > stated else None
 
 
-def _check(model: Evaluated, context: int, limit: int | None, characters: int | None) -> None:
+def check_settings(text: Any, context: Any, limit: Any, characters: Any, tokenizer: Any) -> None:
+    """Raise UsageError, naming the argument, where one is not of its kind or makes no sense."""
+    if not isinstance(text, str | Path):
+        raise UsageError(f"text is a file's path or the text itself, got {came(text)}")
+    if whole_number("context", context) < 2:
+        raise UsageError(f"context is {context}; a window needs 2 tokens, one to read and one to predict.")
+    for name, value in (("limit", limit), ("characters", characters)):
+        if value is not None and whole_number(name, value) < 1:
+            raise UsageError(f"{name} is {value}; it must be 1 or more.")
+    if tokenizer is not None and not callable(tokenizer):
+        raise UsageError(f"tokenizer is a loaded tokenizer, such as transformers has, got {came(tokenizer)}")
+
+
+def _check_model(model: Evaluated, context: int) -> None:
     if model.task not in ("causal-lm", "module"):
         raise UsageError(f"{model.name} is a model for {model.task}; perplexity is for causal language models.")
-    if context < 2:
-        raise UsageError(f"context is {context}; a window needs 2 tokens, one to read and one to predict.")
     if model.positions is not None and context > model.positions:
         raise UsageError(f"context is {context}; {model.name} has {model.positions} positions.")
-    for name, value in (("limit", limit), ("characters", characters)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; it must be 1 or more.")
 
 
 def read_text(text: str | Path) -> tuple[str, str, str]:

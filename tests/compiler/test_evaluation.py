@@ -212,6 +212,24 @@ def test_settings_that_make_no_sense(options: dict[str, int], message: str) -> N
         measure(Known(0.5), "abcd", **{"context": 2, **options})
 
 
+@pytest.mark.parametrize("model", [Known(0.5), None, "gone"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("context", value) for value in (2.5, "8", True, None)],
+        *[("limit", value) for value in (1.5, "2", True)],
+        *[("characters", value) for value in (1.5, "2", True)],
+        *[("text", value) for value in (5, None, b"abcd", ["abcd"])],
+        ("tokenizer", "abc"),
+    ],
+)
+def test_settings_of_a_wrong_kind(model: Any, name: str, value: Any) -> None:
+    """Told before a model is opened."""
+    options = {"text": "abcd", "context": 2, name: value}
+    with pytest.raises(UsageError, match=f"^{name} is a .*, got "):
+        evaluate(model, options.pop("text"), **options)
+
+
 def test_text_shorter_than_a_window() -> None:
     with pytest.raises(
         MxloomError, match=r"^text: 4 tokens, but one window takes 512: take a longer text or a smaller"
@@ -286,6 +304,18 @@ def test_embeddings_beside_known_ones() -> None:
     assert result.neighbours == 1
     assert result.protocol == "4 sentences, each alone, mean pooling, normalised, f32"
     assert "cosine to Table 0.50000 (least 0.5000)" in str(result)
+
+
+def test_the_sentences_of_a_text_are_its_first_lines() -> None:
+    class TableModel(Table):
+        """A name by which its task is known."""
+
+    model, text = TableModel(torch.randn(VOCABULARY, 2)), "ab\ncd\n\nef\ngh"
+    counts = [
+        evaluate(model, text, against=model, tokenizer=cast(Any, Words()), **options).sentences
+        for options in ({}, {"limit": 3}, {"characters": 5}, {"limit": 1, "characters": 9})
+    ]
+    assert counts == [4, 3, 2, 1]
 
 
 def test_equal_similarities_share_their_rank() -> None:
