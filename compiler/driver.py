@@ -161,10 +161,11 @@ def _version(package: str) -> str:
 
 
 def _recipe(recipe: Any, weights: str | None, activations: str | None) -> Recipe | None:
-    if recipe is not None and (weights or activations):
+    if recipe is not None and (weights is not None or activations is not None):
         raise UsageError("a recipe and weights/activations exclude each other; put the formats into the recipe")
-    if weights or activations:
-        rule = {key: value for key, value in (("weights", weights), ("activations", activations)) if value}
+    if weights is not None or activations is not None:
+        asked = {"weights": weights, "activations": activations}
+        rule = {key: value for key, value in asked.items() if value is not None}
         return Recipe.from_dict({"version": 1, "quantize": [rule]})
     if recipe is None or isinstance(recipe, Recipe):
         return recipe

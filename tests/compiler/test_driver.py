@@ -6,6 +6,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,13 @@ def test_a_wrong_input_is_named():
         wide(y=torch.ones(2, 64))
     with pytest.raises(UsageError, match="input 'x' is missing"):
         wide()
+
+
+@pytest.mark.parametrize("format", ["", "f64", "i8", 5])
+def test_what_is_no_format_is_refused(format: Any):
+    for formats in ({"weights": format}, {"weights": "mxfp4", "activations": format}):
+        with pytest.raises(UsageError, match=r"format|weights|activations"):
+            compile(Model(), **formats, example=example())
 
 
 def test_recipe_and_formats_exclude_each_other():
