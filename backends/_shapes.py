@@ -32,7 +32,7 @@ def shapes_in(values: Mapping[SSAValue, Any]) -> Shapes:
 
 
 def values_of(module: ModuleOp, sizes: Sequence[tuple[int, ...]]) -> dict[SSAValue, Any]:
-    """Every value as `shapes_of` has it: tensors as fakes of their sizes and types without data, numbers as they are."""
+    """Every value as `shapes_of` has it: tensors as fakes of their sizes without data, numbers as they are."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 

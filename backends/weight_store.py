@@ -58,8 +58,12 @@ class WeightStore(Mapping[str, "Tensor"]):
         self._formats: dict[str, tuple[TypeAttribute, tuple[int, ...]]] = {}
 
     @classmethod
-    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> WeightStore:
-        """The tensors themselves, not copies; two names of one tensor become a name and its alias."""
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], *, copy: bool = True) -> WeightStore:
+        """The tensors as they are now; two names of one tensor become a name and its alias.
+
+        A copy, so that what is done to a live model later changes nothing here; without `copy` the tensors themselves,
+        which nobody else may hold.
+        """
         store, seen = cls(), {}
         for name, tensor in tensors.items():
             tensor = tensor.detach()
@@ -67,7 +71,7 @@ class WeightStore(Mapping[str, "Tensor"]):
             if tensor.numel() and place in seen:
                 store._aliases[name] = seen[place]
             else:
-                store._tensors[name] = tensor
+                store._tensors[name] = tensor.clone() if copy else tensor
                 seen[place] = name
         return store
 
@@ -120,6 +124,12 @@ class WeightStore(Mapping[str, "Tensor"]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Sizes, without reading the tensor."""
         return tuple(self._entry(name).shape)
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Sizes of a tensor that is stored wide or declared as encoded; None where it is neither."""
+        if name not in self:
+            return self._formats[name][1] if name in self._formats else None
+        return self.shape(name)
 
     def dtype(self, name: str) -> Dtype:
         """The dtype as stored, without reading the tensor."""
@@ -181,12 +191,24 @@ class WeightStore(Mapping[str, "Tensor"]):
     def declare(self, name: str, format: TypeAttribute, shape: tuple[int, ...]) -> None:
         """Say that the parts stored for `name` are a tensor of `shape` in `format`; MxloomError if they cannot be."""
         from ..dialects.formats import storage_bits
+        from ..dialects.formats._builtin import numbers_of
 
-        if not self.parts(name):
+        parts = self.parts(name)
+        if not parts:
             raise MxloomError(f"{name}: no codes are stored for it, though it is typed {format}.")
-        stored, needed = sum(self.stored_bits(part) for part in self.parts(name).values()), storage_bits(format, shape)
+        stored, needed = sum(self.stored_bits(part) for part in parts.values()), storage_bits(format, shape)
         if stored != needed:
             raise MxloomError(f"{name}: {stored} bits are stored; {list(shape)} in {format} takes {needed}.")
+        layout = numbers_of(format).layout(shape)
+        if parts.keys() != layout.keys():
+            raise MxloomError(f"{name}: stored as {', '.join(parts)}; {format} has {', '.join(layout)}.")
+        for part, (dtype, size) in layout.items():
+            held = self.dtype(parts[part]), self.shape(parts[part])
+            if held != (dtype, tuple(size)):
+                raise MxloomError(
+                    f"{parts[part]}: is {held[0]} of shape {list(held[1])}; "
+                    f"{list(shape)} in {format} takes {dtype} of shape {list(size)}."
+                )
         self._formats[name] = (format, tuple(shape))
 
     def discard(self, name: str) -> None:
@@ -258,6 +280,19 @@ class WeightStore(Mapping[str, "Tensor"]):
                         "it is not written. Its values, or the pass that made its scales, are at fault."
                     )
 
+    def check_encoded(self) -> None:
+        """Decode what is encoded, tensor by tensor; MxloomError names the first whose values are not all finite."""
+        seen: set[str] = set()
+        for name, (format, shape) in self._formats.items():
+            codes = self.canonical(f"{name}.codes")
+            if codes in seen:
+                continue
+            seen.add(codes)
+            values = self.encoded(name, format, shape).decode()
+            bad = values.numel() - int(values.isfinite().sum())
+            if bad:
+                raise MxloomError(f"{name}: {bad} of {values.numel()} values, or their scales, are NaN or infinite.")
+
     def _entry(self, name: str) -> Tensor | _Stored:
         try:
             return self._tensors[self.canonical(name)]
@@ -266,6 +301,13 @@ class WeightStore(Mapping[str, "Tensor"]):
 
     def _unknown(self, name: str) -> UnknownWeightError:
         return UnknownWeightError(f"no weight is named {name!r}{did_you_mean(name, self)}.")
+
+
+def wide_floats() -> tuple[Dtype, ...]:
+    """The float dtypes in which a weight may be stored that is no encoded one."""
+    import torch
+
+    return torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 class UnknownWeightError(MxloomError, KeyError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,41 +9,52 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..backends.checkpoint_files import read_json
 from ..backends.safetensors_file import write_safetensors
-from ..backends.weight_store import WeightStore
-from ..dialects.errors import MxloomError, UsageError
+from ..backends.stored_tensors import second_names
+from ..backends.weight_store import WeightStore, wide_floats
+from ..dialects.errors import MxloomError
 from ._atomic import new_folder
-from .checkpoint import build, check_config, read_config
-from .model_source import TASKS, ModelSource
+from ._quiet import quiet_transformers
+from ._target import check_target
+from .artefact_files import (
+    CONFIG,
+    FORMAT_VERSION,
+    MODULE,
+    PROVENANCE,
+    REPORT,
+    TEXT_LIMIT,
+    WEIGHTS,
+    check_version,
+    checked_provenance,
+    sha256,
+)
+from .artefact_files import is_artefact as is_artefact
+from .checkpoint import build, check_config, listed, read_config, rebuild_constants
+from .example_inputs import task_of
+from .model_source import TASKS, ModelSource, non_persistent_buffers
+from .module_text import check_module, read_module
 from .tokenizer_files import save_companions
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
     from xdsl.dialects.builtin import ModuleOp, TensorType
     from xdsl.ir import TypeAttribute
 
     from ..dialects.operations.parameter import ParameterOp
     from .compiled import Compiled
 
-FORMAT_VERSION = 1
-
-MODULE, WEIGHTS, CONFIG = "module.mlir", "weights.safetensors", "config.json"
-REPORT, PROVENANCE = "report.json", "provenance.json"
-
 SECOND_NAME = ".as."
 """What `pack` puts between a weight's name and a number where one weight is stored in two formats."""
-
-_TEXT_LIMIT = 50_000_000
-"""Bytes of module.mlir and of each JSON file that are read at most."""
 
 
 def save(compiled: Compiled, directory: str | Path) -> Path:
     """Write `compiled` as the folder `directory`, whole or not at all, and return its path.
 
     Weights lie packed in their formats; wide ones as the checkpoint had them, tied ones once. An artefact that is
-    there is replaced; UsageError for any other folder that is not empty. MxloomError where a scale is not finite.
+    there is replaced; UsageError for any other folder that is not empty, and for a place that cannot be written.
+    MxloomError where a scale is not finite.
     """
-    target = Path(directory)
-    _check_target(target)
+    target = check_target(directory)
     module, weights = compiled.packed()
     weights.check_scales()
     tensors, tied = _stored(compiled.source, module, weights)
@@ -59,7 +69,7 @@ def save(compiled: Compiled, directory: str | Path) -> Path:
             "pipeline": compiled.pipeline,
             "recipe": compiled.recipe,
             **compiled.provenance,
-            "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)},
+            "files": {path.relative_to(folder).as_posix(): sha256(path) for path in _files(folder)},
         }
         _write_json(folder / PROVENANCE, provenance)
     return target
@@ -68,43 +78,31 @@ def save(compiled: Compiled, directory: str | Path) -> Path:
 def load(directory: str | Path) -> Compiled:
     """The artefact in `directory`: runs bit for bit as what was saved.
 
-    Nothing in it is believed: hashes, shapes and sizes are checked, and no code in it is run. Raises MxloomError that
-    names the file (and the line of module.mlir) that is at fault.
+    Nothing in it is believed: hashes, names, types, shapes and values are checked, and no code in it is run. Raises
+    MxloomError that names the file (and the line of module.mlir) that is at fault.
     """
     from .compiled import Compiled
 
+    if not str(directory) or "\0" in str(directory):
+        raise MxloomError(f"{str(directory)!r}: no such folder.")
     folder = Path(directory)
-    provenance = _check_files(folder)
-    module = _parse(folder / MODULE)
+    provenance = checked_provenance(folder)
+    module = read_module(folder / MODULE, TEXT_LIMIT)
     weights = WeightStore.from_file(folder / WEIGHTS)
     settings = _settings(folder)
     _check_parameters(folder, module, weights, settings["tied"])
-    source = _source(folder, weights, settings, sorted(provenance["files"]))
+    source = _source(folder, module, weights, settings, sorted(provenance["files"]))
     return Compiled(
         module=module,
         weights=weights,
         source=source,
-        pipeline=_text_field(folder, provenance, "pipeline"),
+        pipeline=provenance.get("pipeline", ""),
         recipe=provenance.get("recipe"),
         provenance={key: value for key, value in provenance.items() if key not in _OWN_FIELDS},
     )
 
 
 _OWN_FIELDS = {"format_version", "files", "recipe"}
-
-
-def _check_target(target: Path) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target}: is there and is no folder; name another place.")
-    if target.is_dir() and any(target.iterdir()) and not is_artefact(target):
-        raise UsageError(
-            f"{target}: holds files that are no mxloom artefact; nothing was overwritten. Name a new folder."
-        )
-
-
-def is_artefact(folder: Path) -> bool:
-    """Whether the folder is one that `save` wrote: it has a module and a provenance."""
-    return (folder / MODULE).is_file() and (folder / PROVENANCE).is_file()
 
 
 def _stored(source: ModelSource, module: ModuleOp, weights: WeightStore) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -114,11 +112,9 @@ def _stored(source: ModelSource, module: ModuleOp, weights: WeightStore) -> tupl
     module reads stays tied to it, in whatever format that is now.
     """
     read = dict.fromkeys(op.source.data for op in _parameters(module))
-    first = {source.weights.canonical(name): name for name in reversed(read) if name in source.weights}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    for name in dict.fromkeys([*read, *source.model.state_dict()]):
-        twin = name if name in read else first.get(source.weights.canonical(name), name)
+    for name, twin in {**{name: name for name in read}, **second_names(read, source.weights, source.state)}.items():
         if twin != name:
             tied[name] = twin
             continue
@@ -147,6 +143,7 @@ def _text(module: ModuleOp) -> str:
     """The module's text, read back once: what cannot be loaded must not be written."""
     from ..dialects.mx import parse_module
 
+    check_module(module)
     text = f"{module!s}\n"
     if f"{parse_module(text)!s}\n" != text:
         raise MxloomError("the module's text reads back as another module; this is a fault of mxloom.")
@@ -176,112 +173,116 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
-def _check_files(folder: Path) -> dict[str, Any]:
-    """The provenance, after every file it lists was found to have the bytes that were written."""
-    if not folder.is_dir():
-        raise MxloomError(f"{folder}: no such folder.")
-    if not is_artefact(folder):
-        raise MxloomError(f"{folder}: no mxloom artefact ({MODULE} or {PROVENANCE} is missing).")
-    provenance = read_json(folder / PROVENANCE, _TEXT_LIMIT)
-    version = provenance.get("format_version")
-    if version != FORMAT_VERSION:
-        raise MxloomError(
-            f"{folder}: format version {version!r}; this mxloom reads {FORMAT_VERSION}. Compile it again."
-        )
-    files = provenance.get("files")
-    if not isinstance(files, dict) or not files.keys() >= {MODULE, WEIGHTS, CONFIG}:
-        raise MxloomError(f'{folder / PROVENANCE}: "files" must map the names of the files to their SHA-256.')
-    for name, digest in files.items():
-        _check_file(folder, name, digest)
-    return provenance
-
-
-def _check_file(folder: Path, name: str, digest: Any) -> None:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise MxloomError(f"{folder / PROVENANCE}: {name!r} leads out of the folder.")
-    if not path.is_file():
-        raise MxloomError(f"{path}: missing, though {PROVENANCE} lists it.")
-    if _sha256(path) != digest:
-        raise MxloomError(f"{path}: changed since it was written (its SHA-256 differs from {PROVENANCE}).")
-
-
-def _text_field(folder: Path, fields: dict[str, Any], name: str) -> str:
-    value = fields.get(name, "")
-    if not isinstance(value, str):
-        raise MxloomError(f"{folder / PROVENANCE}: {name!r} must be a string.")
-    return value
-
-
-def _parse(path: Path) -> ModuleOp:
-    from xdsl.utils.exceptions import ParseError, VerifyException
-
-    from ..dialects.mx import parse_module
-
-    if path.stat().st_size > _TEXT_LIMIT:
-        raise MxloomError(f"{path}: more than {_TEXT_LIMIT} bytes.")
-    try:
-        return parse_module(path.read_text(encoding="utf-8"), str(path))
-    except ParseError as error:
-        place = error.span.input
-        line = place.content[: error.span.start].count("\n") + 1  # pyright: ignore[reportArgumentType, reportCallIssue]
-        raise MxloomError(f"{path}:{line}: {error.msg}") from error
-    except (VerifyException, UnicodeDecodeError, RecursionError) as error:
-        raise MxloomError(f"{path}: {str(error).splitlines()[0]}") from error
-
-
 def _check_parameters(folder: Path, module: ModuleOp, weights: WeightStore, tied: dict[str, str]) -> None:
-    """Every parameter of the module is there, in its shape, and takes the bits that its format says."""
+    """Every parameter of the module is there as its type says: in its shape, its dtype, its bits, and finite."""
     from ..dialects.formats import is_wide
 
     path = folder / WEIGHTS
-    own = {name: other for name, other in tied.items() if other in weights}
-    for name, other in own.items():
-        weights.alias(name, other)
-    for op in _parameters(module):
-        type = cast("TensorType", op.result.type)
-        name, format, shape = op.source.data, cast("TypeAttribute", type.element_type), type.get_shape()
-        try:
-            if not is_wide(format):
+    try:
+        own = {name: other for name, other in tied.items() if other in weights}
+        for name, other in tied.items():
+            _check_second_name(weights, name, other)
+        for name, other in own.items():
+            weights.alias(name, other)
+        for op in _parameters(module):
+            type = cast("TensorType", op.result.type)
+            name, format, shape = op.source.data, cast("TypeAttribute", type.element_type), type.get_shape()
+            if is_wide(format):
+                _check_wide(weights, name, format, shape)
+            else:
                 weights.declare(name, format, shape)
-            elif weights.shape(name) != shape:
-                raise MxloomError(f"{name}: is {list(weights.shape(name))}, {MODULE} says {list(shape)}.")
-        except MxloomError as error:
-            raise MxloomError(f"{path}: {error}") from error
-    for name in tied.keys() - own.keys():
-        weights.alias(name, tied[name])
+        for name in tied.keys() - own.keys():
+            weights.alias(name, tied[name])
+        weights.check_finite()
+        weights.check_encoded()
+    except MxloomError as error:
+        raise MxloomError(f"{path}: {error}") from error
+
+
+def _check_second_name(weights: WeightStore, name: str, other: str) -> None:
+    if name in weights or weights.parts(name):
+        raise MxloomError(f"{name}: stored, though {CONFIG} calls it a second name of {other}.")
+
+
+def _check_wide(weights: WeightStore, name: str, format: TypeAttribute, shape: tuple[int, ...]) -> None:
+    """A float may be stored in any wide float dtype, for what is computed is f32; all else as its type says."""
+    from ..dialects.operations._values import torch_dtype
+
+    stored, typed = weights.dtype(name), torch_dtype(format)
+    if weights.shape(name) != shape:
+        raise MxloomError(f"{name}: is {list(weights.shape(name))}, {MODULE} says {list(shape)}.")
+    if not (stored in wide_floats() if typed.is_floating_point else stored == typed):
+        raise MxloomError(f"{name}: is stored as {stored}, {MODULE} types it {format}.")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     """Our part of config.json: name, task, and second names of weights."""
     path = folder / CONFIG
-    own = read_json(path, _TEXT_LIMIT).get("mxloom")
+    own = read_json(path, TEXT_LIMIT).get("mxloom")
     if not isinstance(own, dict) or own.get("task") not in TASKS or not isinstance(own.get("name"), str):
         raise MxloomError(f'{path}: "mxloom" must give name and task (one of {", ".join(TASKS)}).')
+    check_version(path, own)
+    if own["name"] in (".", "..") or any(mark in own["name"] for mark in "/\0"):
+        raise MxloomError(f'{path}: the name {own["name"]!a:.80} in "mxloom" is no plain name.')
     tied = own.get("tied")
     if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
         raise MxloomError(f'{path}: "tied" in "mxloom" must map names of weights to names of weights.')
     return own
 
 
-def _source(folder: Path, weights: WeightStore, own: dict[str, Any], names: list[str]) -> ModelSource:
+def _source(folder: Path, module: ModuleOp, weights: WeightStore, own: dict[str, Any], names: list[str]) -> ModelSource:
     """The model's structure as config.json gives it, on the weights of the artefact."""
     files = tuple(folder / name for name in names if "/" not in name)
-    if "model_type" not in read_json(folder / CONFIG, _TEXT_LIMIT):
-        return ModelSource(_structureless(own["name"]), weights, own["name"], own["task"], files=files)
+    if "model_type" not in read_json(folder / CONFIG, TEXT_LIMIT):
+        encoded = {part for op in _parameters(module) for part in weights.parts(op.source.data).values()}
+        held = tuple(name for name in weights if name not in encoded)
+        return ModelSource(_structureless(own["name"]), weights, own["name"], own["task"], files=files, held=held)
     check_config(folder, len(weights))
-    config = read_config(folder)
-    model = build(config, folder, weights)
-    return ModelSource(model, weights, own["name"], own["task"], config, files)
+    with quiet_transformers() as notes:
+        config = read_config(folder)
+        model = build(config, folder, weights)
+        _check_structure(folder, model, module, weights)
+        rebuild_constants(model, folder)
+    _check_task(folder, model, own["task"])
+    return ModelSource(model, weights, own["name"], own["task"], config, files, tuple(notes))
+
+
+def _check_structure(folder: Path, model: PreTrainedModel, module: ModuleOp, weights: WeightStore) -> None:
+    """config.json describes the model that the weights belong to, name by name, and every one of them is read by it."""
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [
+        f"{name} is {list(held)} in {WEIGHTS} and {list(shape)} by {CONFIG}"
+        for name, shape in state.items()
+        if (held := weights.shape_of(name)) is not None and held != shape
+    ]
+    missing = [f"{name} is not in {WEIGHTS}" for name in state if weights.shape_of(name) is None]
+    known = {*state, *(name for name, _ in non_persistent_buffers(model))}
+    parts = {part.rpartition(".")[0] for part in known}
+    left = [
+        f"{name} belongs to no part of the model"
+        for name in dict.fromkeys(op.source.data for op in _parameters(module))
+        if SECOND_NAME not in name and name not in known and "." in name and not _in_part(name, parts)
+    ]
+    if wrong or missing or left:
+        what = listed([*wrong, *missing, *left], "; ")
+        raise MxloomError(f"{folder / CONFIG}: describes another model than the artefact holds: {what}.")
+
+
+def _in_part(name: str, parts: set[str]) -> bool:
+    """Whether a module of the model has the constant `name`: one that torch has lifted out of its code."""
+    return name.rpartition(".")[0] in parts
+
+
+def _check_task(folder: Path, model: PreTrainedModel, task: str) -> None:
+    """The task is the one that the model's class is for, or one that a user can have given to such a class."""
+    usual = task_of(model, None)
+    text = getattr(model, "main_input_name", "") == "input_ids"
+    if task not in (usual, "module") and not (task == "embedding" and text):
+        raise MxloomError(f'{folder / CONFIG}: a {type(model).__name__} is a model for {usual}, not for "{task}".')
 
 
 def _structureless(name: str) -> Any:

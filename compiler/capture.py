@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..dialects.errors import MxloomError, did_you_mean
 from .attention_interface import register, structured
 from .decomposition import decomposed
-from .dynamic_sizes import Dims, dynamic_dims, frozen, model_frame
+from .dynamic_sizes import Dims, advice, dynamic_dims, frozen, model_frame
 from .precision import wide, widened
+from .products import composites
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,10 +76,16 @@ def capture(
             raise CaptureError(
                 f"{type(model).__name__}: {found.rule}\n  at {_place(found.frame)}\n"
                 "  because that code was captured for the example's sizes and holds for no others\n"
-                "  do: write it for every size (-1, or the input's own shape), or name the dimensions that may change, "
-                "capture(..., dynamic={input: dimensions})"
+                "  do: write it for every size (-1, or the input's own shape), or name the dimensions that may change: "
+                f"{advice(found, example, wanted)}"
             )
-        return decomposed(program)
+        return _functional(program, wanted)
+
+
+def _functional(program: ExportedProgram, wanted: Dims) -> ExportedProgram:
+    """The program in functional operators; einsum and its like as the product that they are, if no size gets fixed."""
+    rewritten = decomposed(program, composites())
+    return rewritten if frozen(rewritten, wanted, lambda: None) is None else decomposed(program)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends.checkpoint_files import checkpoint_files, read_json
-from ..backends.weight_store import WeightStore
+from ..backends.weight_store import WeightStore, wide_floats
 from ..dialects.errors import MxloomError
 from ._quiet import quiet_transformers
 from .example_inputs import task_of
@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 CONFIG_LIMIT = 4_000_000
 """Bytes of config.json that are read at most."""
 
+CONSTANTS_LIMIT = 2 << 30
+"""Bytes of non-persistent buffers; a causal mask over 32 768 positions takes half of it."""
+
 _LAYER_COUNTS = re.compile(r"(num_|n_)?((hidden|encoder|decoder|transformer)_)?layers?|depths?|num_blocks")
 
 _LISTED = 8
+
+_SHOWN = 500
+"""Characters of another library's error."""
 
 
 def open_folder(folder: Path) -> ModelSource:
@@ -36,17 +42,19 @@ def open_folder(folder: Path) -> ModelSource:
         config = read_config(folder)
         model = build(config, folder, weights)
         mapping = _names(model, weights)
+        _check_dtypes(folder, model, weights, mapping)
+        if mapping is not None:
+            _check_shapes(folder, model, weights, mapping)
+            weights = _take(folder, model, weights, mapping, notes)
+        rebuild_constants(model, folder)
     if mapping is None:
         weights, notes = _load_in_memory(model, folder, notes)
-    else:
-        _check_shapes(folder, model, weights, mapping)
-        weights = _take(folder, model, weights, mapping, notes)
     for name, buffer in non_persistent_buffers(model):
         weights.put(name, buffer)
     beside = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _BESIDE)
     beside = [path for path in beside if path not in files]
     return ModelSource(
-        model, weights, folder.name, task_of(model, folder), config, (*beside, *sorted(files)), tuple(notes)
+        model, weights, folder.resolve().name, task_of(model, folder), config, (*beside, *sorted(files)), tuple(notes)
     )
 
 
@@ -101,9 +109,10 @@ def architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that config.json names, else the one transformers has for the configuration."""
     import transformers
 
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+    named: Any = config.architectures
+    for name in named if isinstance(named, list) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and _fits(found, config):
             return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         found: Any = auto._model_mapping.get(type(config), None)
@@ -112,8 +121,16 @@ def architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
     raise MxloomError(f"{type(config).__name__}: transformers has no model for {config.architectures}.")
 
 
+def _fits(model: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether the class is made for this kind of configuration: "architectures" and "model_type" may contradict."""
+    return model.config_class is not None and isinstance(config, model.config_class)
+
+
 def build(config: PreTrainedConfig, folder: Path, weights: WeightStore) -> PreTrainedModel:
-    """The architecture in f32: parameters and persistent buffers on the meta device, constants with their values."""
+    """The architecture in f32, whole on the meta device; `rebuild_constants` gives its constants their values.
+
+    In between its names and shapes are compared with the weights, so that no size is believed before memory is taken.
+    """
     import torch
 
     parameters = sum(1 for _ in weights)
@@ -123,10 +140,27 @@ def build(config: PreTrainedConfig, folder: Path, weights: WeightStore) -> PreTr
     except MxloomError:
         raise
     except Exception as error:
-        raise MxloomError(f"{folder / 'config.json'}: the model cannot be built: {first_line(error)}") from error
-    model = model.float().eval()
-    rebuild_constants(model)
-    return model
+        raise _unbuildable(folder, config, error) from error
+    return model.float().eval()
+
+
+def _unbuildable(folder: Path, config: PreTrainedConfig, error: Exception) -> MxloomError:
+    """What is wrong with the configuration; a word that transformers looked up in vain is named with its key."""
+    path = folder / "config.json"
+    if isinstance(error, KeyError) and error.args:
+        keys = [key for key, value in _words(config.to_dict()) if value == error.args[0]]
+        if keys:
+            return MxloomError(f"{path}: {' or '.join(keys)} is {error.args[0]!r}, which transformers does not know.")
+    return MxloomError(f"{path}: the model cannot be built: {first_line(error)}")
+
+
+def _words(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every text of the configuration and of the configurations inside it, with its key."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _words(value)
+        elif isinstance(value, str):
+            yield key, value
 
 
 @contextmanager
@@ -151,16 +185,26 @@ def _at_most(limit: int) -> Iterator[None]:
         hook.remove()
 
 
-def rebuild_constants(model: PreTrainedModel) -> None:
+def rebuild_constants(model: PreTrainedModel, folder: Path) -> None:
     """Give every non-persistent buffer its value, computed in f32 by the architecture's own initialisation.
 
-    Positions and frequencies are no weights: a checkpoint in bf16 must not round them.
+    Positions and frequencies are no weights: a checkpoint in bf16 must not round them. MxloomError where they would
+    take more than `CONSTANTS_LIMIT` bytes, or the configuration in `folder` does not let them be computed.
     """
+    buffers = dict(non_persistent_buffers(model))
+    size = sum(buffer.nbytes for buffer in buffers.values())
+    if size > CONSTANTS_LIMIT:
+        raise MxloomError(f"{folder / 'config.json'}: its sizes ask for {size} bytes of constants, such as positions.")
+    try:
+        if buffers:
+            _rebuild(model, buffers)
+    except Exception as error:
+        raise _unbuildable(folder, model.config, error) from error
+
+
+def _rebuild(model: PreTrainedModel, buffers: dict[str, Tensor]) -> None:
     import torch
 
-    buffers = dict(non_persistent_buffers(model))
-    if not buffers:
-        return
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
     for name, buffer in buffers.items():
@@ -220,6 +264,25 @@ def _names(model: PreTrainedModel, weights: WeightStore) -> dict[str, str] | Non
             return None
         mapping[name] = own
     return mapping
+
+
+def _check_dtypes(folder: Path, model: nn.Module, weights: WeightStore, mapping: Mapping[str, str] | None) -> None:
+    """A float of the model is a wide float in the file; what is computed from codes without their scales is wrong."""
+    state = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
+    if mapping is None:  # transformers fuses or splits: which name becomes which is its secret
+        mapping, state = {own: own for own in weights}, dict.fromkeys(weights, all(state.values()))
+    floats = wide_floats()
+    wrong = [
+        f"{mapping[name]} is {str(dtype).removeprefix('torch.')}"
+        for name, is_float in state.items()
+        if is_float and name in mapping and (dtype := weights.dtype(mapping[name])) not in floats
+    ]
+    wrong = [text for text in wrong if not _is_constant(text.split(" is ")[0], ())]
+    if wrong:
+        raise MxloomError(
+            f"{folder}: weights that are no floats, though the model computes with floats: {listed(wrong)}. "
+            "A checkpoint in 16 or 32 bits is needed."
+        )
 
 
 def _check_shapes(folder: Path, model: nn.Module, weights: WeightStore, mapping: Mapping[str, str]) -> None:
@@ -314,7 +377,7 @@ def _load_in_memory(model: PreTrainedModel, folder: Path, notes: list[str]) -> t
     if unexpected:
         more.append(_left_over(unexpected))
     more.append("names in the checkpoint are fused or split on load: the weights were converted into memory, in f32")
-    return WeightStore.from_state_dict(loaded.state_dict()), [*notes, *more]
+    return WeightStore.from_state_dict(loaded.state_dict(), copy=False), [*notes, *more]
 
 
 def _left_over(names: list[str]) -> str:
@@ -328,6 +391,6 @@ def listed(items: list[str], separator: str = ", ") -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Kind of error and first line of its text."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    """Kind of error and its text in one line, for transformers' validation says what is wrong in the second; capped."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"

@@ -109,11 +109,11 @@ class Compiled:
 
         The sequence is 512 where none is given, or what the model's table of positions holds if that is less.
         """
-        return cost(self.module, self.weights, sizes=self.sizes(batch, sequence))
+        return cost(self.module, self.weights, sizes=self.sizes(batch, sequence), state=self.source.state)
 
     def coverage(self, *, batch: int = 1, sequence: int | None = None) -> Coverage:
         """Which share of MACs and bytes has which format, and what stayed wide, and why; sizes as in `cost`."""
-        return coverage(self.module, self.weights, sizes=self.sizes(batch, sequence))
+        return coverage(self.module, self.weights, sizes=self.sizes(batch, sequence), state=self.source.state)
 
     def sizes(self, batch: int, sequence: int | None = None) -> list[tuple[int, ...]]:
         """The shape of every input, its dynamic sizes filled in: the first is the batch, the others the sequence."""

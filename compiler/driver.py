@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,18 +38,24 @@ def compile(
     weights: str | None = None,
     activations: str | None = None,
     example: Mapping[str, Any] | None = None,
+    dynamic: bool | Mapping[str, Collection[int]] | None = None,
     report: Report | None = None,
 ) -> Compiled:
     """Compile a model (a Hugging Face folder, a GGUF file, an nn.Module with `example` inputs, or an opened source).
 
     The formats come from a recipe (a file, a dictionary, or a `Recipe`), or from `weights` and `activations`, which
     then hold for every contraction. Without either, the module stays wide.
+    `dynamic` says which sizes of the example may change later: True, which is the default, the batch (dimension 0) of
+    every input and the length (dimension 1) of every input of integers or booleans; a mapping, the dimensions of each
+    input, {"x": [0, 1], "mask": [0, 1]}; False, none.
     A recipe's `evaluate` is carried out: the result's `evaluation`.
     Raises MxloomError with what to do where the model cannot be read or captured or a rule has no effect.
     """
     tell = report or (lambda step, line: None)
     chosen = _recipe(recipe, weights, activations)
     source = model if isinstance(model, ModelSource) else open_model(model, example=example)
+    if dynamic is not None:
+        source.set_dynamic(dynamic)
     module = import_source(source, tell).clone()
     pipeline = chosen.pipeline() if chosen else ""
     run_pipeline(module, source.weights, pipeline, chosen, tell)
@@ -87,8 +93,9 @@ def import_source(source: ModelSource, report: Report | None = None) -> ModuleOp
         from .import_graph import constants, import_program
         from .simplify import simplify
 
-        program = simplify(capture(source.model, source.example()))
+        program = simplify(capture(source.model, source.example(), dynamic=source.dynamic))
         module = import_program(program)
+        module.verify()
         for name, value in constants(program).items():
             if name not in source.weights:
                 source.weights.put(name, value)

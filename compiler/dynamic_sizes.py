@@ -12,6 +12,8 @@ from pathlib import Path
 from traceback import FrameSummary
 from typing import TYPE_CHECKING, Any
 
+from ..dialects.errors import UsageError, did_you_mean
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.export import ExportedProgram
@@ -22,10 +24,11 @@ Dims = Mapping[str, Collection[int]]
 def dynamic_dims(example: Mapping[str, Tensor], dynamic: bool | Dims) -> dict[str, tuple[int, ...]]:
     """The dimensions of each input that are to stay dynamic.
 
-    True: the batch (0) of every input, and the length (1) of every input of integers or booleans. False: none.
+    True: the batch (0) of every input, and the length (1) of every input of integers or booleans. False: none. Raises
+    UsageError for a mapping that names an input or a dimension which is not there.
     """
     if isinstance(dynamic, Mapping):
-        return {name: tuple(dynamic.get(name, ())) for name in example}
+        return _named(example, dynamic)
     if not dynamic:
         return dict.fromkeys(example, ())
     return {
@@ -34,12 +37,49 @@ def dynamic_dims(example: Mapping[str, Tensor], dynamic: bool | Dims) -> dict[st
     }
 
 
+def _named(example: Mapping[str, Tensor], dynamic: Dims) -> dict[str, tuple[int, ...]]:
+    unknown = [name for name in dynamic if name not in example]
+    if unknown:
+        raise UsageError(
+            f"dynamic names {unknown[0]!r}, which is no input of the example{did_you_mean(str(unknown[0]), example)}; "
+            f"these are: {', '.join(example)}"
+        )
+    for name, dims in dynamic.items():
+        rank = example[name].ndim
+        if isinstance(dims, str) or not isinstance(dims, Collection) or not all(isinstance(d, int) for d in dims):
+            raise UsageError(f"dynamic[{name!r}] is {dims!r}; give the dimensions that may change, such as [0, 1]")
+        if not all(-rank <= dim < rank for dim in dims):
+            raise UsageError(f"dynamic[{name!r}] is {list(dims)}; the example's {name} has {rank} dimensions")
+    return {name: tuple(dict.fromkeys(d % example[name].ndim for d in dynamic.get(name, ()))) for name in example}
+
+
 @dataclass(frozen=True)
 class Frozen:
-    """What export has fixed: `rule` in the words of the inputs, and the frame of the model's code that asked for it."""
+    """What export has fixed: `rule` in the words of the inputs, and the frame of the model's code that asked for it.
+
+    `input`, `dim` and `size` say which dimension became a constant, where it was one and no branch.
+    """
 
     rule: str
     frame: FrameSummary | None
+    input: str | None = None
+    dim: int = 0
+    size: int = 0
+
+
+def advice(found: Frozen, example: Mapping[str, Tensor], wanted: Dims) -> str:
+    """What to give as `dynamic`, so that the dimension stays fixed, or so that all that go with it may change."""
+    if found.input is None:
+        return "mxloom.compile(..., dynamic={input: dimensions}), or dynamic=False"
+    fixed = {name: [d for d in dims if (name, d) != (found.input, found.dim)] for name, dims in wanted.items()}
+    alike = {
+        name: [d for d, size in enumerate(tensor.shape) if d in wanted[name] or (size == found.size and d == found.dim)]
+        for name, tensor in example.items()
+    }
+    text = f"mxloom.compile(..., dynamic={fixed}) keeps this one as it is"
+    if all(set(alike[name]) == set(wanted[name]) for name in example):
+        return text
+    return f"{text}; dynamic={alike} lets all change together that go with it"
 
 
 def frozen(program: ExportedProgram, wanted: Dims, export_again: Callable[[], object]) -> Frozen | None:
@@ -55,10 +95,12 @@ def frozen(program: ExportedProgram, wanted: Dims, export_again: Callable[[], ob
         for dim in dims if isinstance(inputs.get(name), torch.Tensor) else ():
             size = inputs[name].shape[dim]
             if not isinstance(size, torch.SymInt):
-                return Frozen(f"dimension {dim} of input {name} became the constant {size}", None)
+                return Frozen(f"dimension {dim} of input {name} became the constant {size}", None, name, dim, size)
             if size.node.expr.is_number:
                 frame = _first_frame(export_again, str(size.node._expr))
-                return Frozen(f"dimension {dim} of input {name} became the constant {int(size)}", frame)
+                return Frozen(
+                    f"dimension {dim} of input {name} became the constant {int(size)}", frame, name, dim, int(size)
+                )
     return _branch(inputs)
 
 

@@ -33,7 +33,7 @@ def open_gguf(path: Path) -> ModelSource:
             raise
         except Exception as error:
             raise MxloomError(f"{path}: transformers cannot read it: {first_line(error)}") from error
-    weights = WeightStore.from_state_dict({**model.state_dict(), **dict(non_persistent_buffers(model))})
+    weights = WeightStore.from_state_dict({**model.state_dict(), **dict(non_persistent_buffers(model))}, copy=False)
     return ModelSource(model, weights, path.stem, task_of(model, None), config, (path,), tuple(notes))
 
 

@@ -17,6 +17,7 @@ from ..dialects.operations.contraction import Contraction, EmbeddingOp
 from ..dialects.operations.parameter import ParameterOp
 from ..passes._sites import module_name, root
 from .capture import register
+from .precision import widen
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +28,7 @@ Round = Callable[["Tensor"], "Tensor"]
 
 
 def to_hf(compiled: Compiled) -> Any:
-    """A Hugging Face model that rounds as the typed module does, with the cache and sampling of transformers.
+    """A Hugging Face model in f32 that rounds as the typed module does, with the cache and sampling of transformers.
 
     Each linear, convolution and embedding gets its rounded weight and rounds its input; attention rounds its operands
     behind the cache. Raises MxloomError, naming the operation, where a cast belongs to no module of the model.
@@ -36,6 +37,8 @@ def to_hf(compiled: Compiled) -> Any:
     model = deepcopy(model) if model is compiled.source.model else model
     if not hasattr(model, "set_attn_implementation"):
         raise MxloomError(f"{compiled.source.name} is no Hugging Face model; call the compiled model itself")
+    widen(model.eval())
+    model.config.dtype = next((tensor.dtype for tensor in model.parameters()), model.config.dtype)
     register()
     model.set_attn_implementation("mxloom")
     _untie(model)

@@ -192,10 +192,24 @@ def _user_outputs(program: ExportedProgram) -> list[Node]:
 
     returned: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
     kinds = [spec.kind for spec in program.graph_signature.output_specs]
-    changed = [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
+    changed = [spec for spec in program.graph_signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
     if changed:
-        raise MxloomError(f"the model changes its own state while it runs: {', '.join(changed)}; a module cannot")
+        inputs = [str(spec.target) for spec in changed if spec.kind == OutputKind.USER_INPUT_MUTATION]
+        state = [str(spec.target) for spec in changed if spec.kind != OutputKind.USER_INPUT_MUTATION]
+        raise MxloomError(_changes(state, inputs))
     return [node for node, _ in zip(returned, kinds, strict=True) if isinstance(node, Node)]
+
+
+def _changes(state: list[str], inputs: list[str]) -> str:
+    """What the model writes to, and how to write it otherwise."""
+    found, advice = list[str](), list[str]()
+    if state:
+        found.append(f"its own state ({', '.join(state)})")
+        advice.append("make the state an input of forward and return what it becomes, or leave it alone in eval mode")
+    if inputs:
+        found.append(f"its inputs ({', '.join(inputs)})")
+        advice.append("work on a copy (x = x + 1 in place of x += 1 or x.add_(1))")
+    return f"the model changes {' and '.join(found)} while it runs, which a module cannot; {'; '.join(advice)}"
 
 
 @cache

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ..dialects.operations.contraction import Contraction, EmbeddingOp
+from ..dialects.operations._origin import parameters_of
 from ..dialects.operations.parameter import ParameterOp
-from ..passes._sites import Site, module_name, root, sites
+from ..passes._sites import Site, module_name, sites
 
 if TYPE_CHECKING:
     from xdsl.dialects.builtin import ModuleOp
 
+    from ..backends.cost import Cost
     from .compiled import Compiled
 
 
@@ -86,14 +87,13 @@ class Inspection:
             parts.append("decided together\n" + "\n".join(_folded_groups(shared)))
         parts.append(_wide_table(self.wide, self.bytes))
         opaque = ", ".join(f"{name} ({count})" for name, count in sorted(self.opaque.items())) or "none"
-        parts.append(f"operations kept as they came, whose MACs are not counted: {opaque}")
+        parts.append(f"torch operators kept as they came: {opaque}")
         return "\n\n".join(part for part in parts if part)
 
 
 def inspect(compiled: Compiled, *, batch: int = 1, sequence: int = 512) -> Inspection:
     """The inventory of a model; MACs are those of one forward over batch x sequence."""
     cost = compiled.cost(batch=batch, sequence=sequence)
-    macs = {contraction.name: contraction.macs for contraction in cost.contractions}
     stored = {tensor.name: tensor.bytes for tensor in cost.tensors}
     return Inspection(
         name=compiled.source.name,
@@ -102,14 +102,16 @@ def inspect(compiled: Compiled, *, batch: int = 1, sequence: int = 512) -> Inspe
         sequence=sequence,
         parameters=cost.parameters,
         bytes=cost.bytes,
-        layers=tuple(_layers(compiled.module, macs, stored)),
+        layers=tuple(_layers(compiled.module, cost, stored)),
         wide=tuple(_wide(compiled.module, stored)),
         opaque=dict(Counter(_target(op) for op in compiled.module.walk() if op.name == "mx.aten")),
         ties=dict(compiled.weights.aliases),
     )
 
 
-def _layers(module: ModuleOp, macs: dict[str, int], stored: dict[str, int]) -> Iterable[Layer]:
+def _layers(module: ModuleOp, cost: Cost, stored: dict[str, int]) -> Iterable[Layer]:
+    """Operations with sites first, then what else multiplies and sums: torch operators, products over one value."""
+    macs = {contraction.name: contraction.macs for contraction in cost.contractions}
     by_operation: dict[Any, list[Site]] = {}
     for site in sites(module):
         by_operation.setdefault(site.operation, []).append(site)
@@ -124,32 +126,26 @@ def _layers(module: ModuleOp, macs: dict[str, int], stored: dict[str, int]) -> I
             sites=tuple(site.name for site in members),
             groups=tuple(site.group for site in members),
         )
+    own = {module_name(operation) for operation in by_operation}
+    for other in cost.contractions:
+        if other.name not in own:
+            yield Layer(other.name, other.kind, None, other.macs, 0, (), ())
 
 
 def _sources(site: Site) -> Iterable[str]:
-    owner = root(site.value).owner
-    return [owner.source.data] if isinstance(owner, ParameterOp) else []
+    return [parameter.source.data for parameter in parameters_of(site.value)]
 
 
 def _wide(module: ModuleOp, stored: dict[str, int]) -> Iterable[Wide]:
     """Parameters of which no reader is a contraction or a look-up."""
+    reached = {p for site in sites(module) if site.role == "weight" for p in parameters_of(site.value)}
     for op in module.walk():
-        if not isinstance(op, ParameterOp):
+        if not isinstance(op, ParameterOp) or op in reached:
             continue
         readers = [use.operation for use in op.result.uses]
-        if any(_has_site(reader, op) for reader in readers):
-            continue
         kinds = sorted({_target(reader) for reader in readers}) or ["nothing"]
         shape = op.result.type.get_shape()
         yield Wide(op.source.data, f"read by {', '.join(kinds)}", prod(shape), stored.get(op.source.data, 0))
-
-
-def _has_site(reader: Any, parameter: ParameterOp) -> bool:
-    if isinstance(reader, EmbeddingOp):
-        return reader.weight is parameter.result
-    return isinstance(reader, Contraction) and any(
-        getattr(reader, name, None) is parameter.result for name in reader.reduced()
-    )
 
 
 def _target(op: Any) -> str:

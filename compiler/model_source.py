@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +29,9 @@ class ModelSource:
 
     `model` computes in f32. Where the weights lie in files its parameters and persistent buffers are on the meta
     device; what no file holds (rotary frequencies, positions) is there with its values, in f32 whatever the dtype of
-    the checkpoint, and in `weights` too. `notes` say what was unusual about the checkpoint; `imported` keeps the module
-    once the model has been captured, `held` names the state where `model` has none to show.
+    the checkpoint, and in `weights` too. `notes` say what was unusual about the checkpoint; `dynamic` says which sizes
+    of the example may change (see `capture`); `imported` keeps the module once the model has been captured; `held`
+    names the state where `model` has none to show.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class ModelSource:
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    dynamic: bool | Mapping[str, Collection[int]] = True
     imported: ModuleOp | None = None
     held: tuple[str, ...] = ()
 
@@ -48,6 +50,11 @@ class ModelSource:
     def state(self) -> tuple[str, ...]:
         """The names of what belongs to the model and is stored with it: parameters and persistent buffers."""
         return self.held or tuple(self.model.state_dict())
+
+    def set_dynamic(self, dynamic: bool | Mapping[str, Collection[int]]) -> None:
+        """Say which sizes may change; a module that was captured for other ones is captured again."""
+        if dynamic != self.dynamic:
+            self.dynamic, self.imported = dynamic, None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the model, loaded once. MxloomError if there is none."""

@@ -14,16 +14,31 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+Places = list[tuple[dict[str, Any], str, "Tensor"]]
+"""Dictionary, name in it and tensor: where a module holds its parameters and buffers."""
+
+
 @contextmanager
 def wide(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters and buffers in bf16, f16 and f64 are f32, rotary frequencies computed anew; then as before.
+    """Inside, the model is as `widen` makes it; afterwards as before."""
+    before: Places = []
+    try:
+        before += widen(model)
+        yield
+    finally:
+        for held, name, tensor in before:
+            held[name] = tensor
+
+
+def widen(model: nn.Module) -> Places:
+    """Make parameters and buffers in bf16, f16 and f64 f32, rotary frequencies computed anew; what was there before.
 
     This is the guard of rotary tables: `model.to(bfloat16)` rounds `inv_freq` too, which is wrong by whole turns at
-    long positions, so the captured frequencies never come from the rounded buffer.
+    long positions, so the frequencies never come from the rounded buffer.
     """
     import torch
 
-    before: list[tuple[dict[str, Any], str, Tensor]] = [
+    before: Places = [
         (held, name, tensor)
         for part in model.modules()
         for held in (part._parameters, part._buffers)
@@ -32,17 +47,14 @@ def wide(model: nn.Module) -> Iterator[None]:
     ]
     rebuilt = _rebuilt_buffers(model)
     widened: dict[int, Any] = {}
-    try:
-        for held, name, tensor in before:
-            if id(tensor) not in widened:
-                new = rebuilt.get(id(tensor), tensor.detach().float())
-                is_parameter = isinstance(tensor, torch.nn.Parameter)
-                widened[id(tensor)] = torch.nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-            held[name] = widened[id(tensor)]
-        yield
-    finally:
-        for held, name, tensor in before:
-            held[name] = tensor
+    for _, _, tensor in before:
+        if id(tensor) not in widened:
+            new = rebuilt.get(id(tensor), tensor.detach().float())
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            widened[id(tensor)] = torch.nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+    for held, name, tensor in before:
+        held[name] = widened[id(tensor)]
+    return before
 
 
 def widened(example: Mapping[str, Tensor]) -> dict[str, Tensor]:

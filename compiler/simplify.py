@@ -84,6 +84,8 @@ def _spell_alike(graph: Graph) -> None:
             node.target, node.args = aten.split.Tensor, (node.args[0], size, *node.args[2:])
         elif _is(node, aten._native_batch_norm_legit_no_training.default):
             _plain_batch_norm(graph, node)
+        elif _is(node, aten.rms_norm.default):
+            _own_rms_norm(graph, node)
 
 
 def _chunk_size(node: Node) -> Any:
@@ -99,6 +101,18 @@ def _plain_batch_norm(graph: Graph, node: Node) -> None:
     for user in list(node.users):
         user.meta = {**node.meta, "val": user.meta["val"]}
         _replace(graph, user, _aten().batch_norm.default, (*tensors, False, momentum, eps, False))
+
+
+def _own_rms_norm(graph: Graph, node: Node) -> None:
+    """torch's rms_norm over the last dimension in f32 computes what ours does; in other types it may compute wider."""
+    import torch
+
+    x, shape, *rest = node.args
+    weight, eps = (*rest, None, None)[:2]
+    if node.kwargs or len(shape) != 1 or _dtype(x) != torch.float32:
+        return
+    eps = torch.finfo(torch.float32).eps if eps is None else float(eps)
+    _replace(graph, node, torch.ops.mxloom.rms_norm.default, (x, weight, eps, False))
 
 
 def _dtype(node: Any) -> Any:

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from xdsl.dialects.builtin import FloatAttr, IntegerAttr, ModuleOp, StringAttr, TensorType, UnitAttr
+from xdsl.dialects.builtin import (
+    FloatAttr,
+    IndexType,
+    IntegerAttr,
+    IntegerType,
+    ModuleOp,
+    StringAttr,
+    TensorType,
+    UnitAttr,
+)
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 from xdsl.rewriter import InsertPoint, Rewriter
 
@@ -157,6 +166,8 @@ def sites_of(operation: Operation) -> Iterator[Site]:
     weights = weights_of(operation)
     computed = isinstance(operation, AttentionOp) or (isinstance(operation, MatmulOp) and not weights)
     for operand in operation.reduced():
+        if operand != "probabilities" and not _is_float(getattr(operation, operand)):
+            continue
         yield Site(operation, operand, "weight" if operand in weights else "attention" if computed else "activation")
     if isinstance(operation, AttentionOp):
         yield Site(operation, "key", "cache")
@@ -194,6 +205,11 @@ def _position(operation: Operation) -> int:
 
 def _shape(value: SSAValue) -> tuple[int, ...]:
     return cast(TensorType, value.type).get_shape()
+
+
+def _is_float(value: SSAValue) -> bool:
+    """Whether the values are numbers that a format can hold: a product of integers stays one."""
+    return not isinstance(cast(TensorType, value.type).element_type, IntegerType | IndexType)
 
 
 def _operand_names(operation: Operation) -> list[str]:

@@ -7,16 +7,27 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import IntegerAttr, ModuleOp
+from xdsl.dialects.builtin import DYNAMIC_INDEX, IntegerAttr, ModuleOp, TensorType
 from xdsl.ir import Attribute
 from xdsl.passes import ModulePass
+from xdsl.utils.exceptions import VerifyException
 
 from ..dialects.errors import UsageError, did_you_mean
-from ..dialects.formats import Rounding, default_scale_rule
+from ..dialects.formats import Rounding, default_scale_rule, verify_tensor
 from ..dialects.formats._format import POWER_OF_TWO_RULES
 from ..dialects.instances import format_of
+from ..dialects.operations._origin import is_weight
+from ..dialects.operations.opaque import AtenOp
 from ._pattern import search
-from ._sites import Role, Site, sites
+from ._sites import Role, Site, module_name, sites
+
+_KEYS: dict[Role, str] = {
+    "weight": "weights",
+    "activation": "activations",
+    "attention": "attention",
+    "cache": "cache",
+}
+"""What the user types for a role."""
 
 CONTRACTIONS = ("linear", "conv", "matmul", "attention", "expert_linear")
 
@@ -58,7 +69,7 @@ class Quantize(ModulePass):
         every = sites(op)
         rule = 1 + max((s.rule or 0 for s in every), default=0)
         self._check(rule)
-        modules = self._modules(rule, every)
+        modules = self._modules(rule, every, op)
         chosen = [s for s in modules if s.rule is None]
         if not chosen:
             raise RuleError(
@@ -70,10 +81,14 @@ class Quantize(ModulePass):
         for role, format in formats.items():
             concerned = [s for s in chosen if s.role == role]
             if not concerned and self.keep is None:
-                what = f"{role}={format!r} has no effect"
+                what = f"{_KEYS[role]}={format!r} has no effect"
                 raise RuleError(rule, f"{what}: none of the modules that {self.match!r} matches has such an operand")
             for site in concerned:
-                site.retype(format, self._how(site.layout(format)))
+                self._check_lies(rule, site, format)
+        for role, format in formats.items():
+            for site in chosen:
+                if site.role == role:
+                    site.retype(format, self._how(site.layout(format)))
         for site in chosen:
             site.operation.attributes["rule"] = IntegerAttr(rule, 64)
 
@@ -100,9 +115,21 @@ class Quantize(ModulePass):
             raise RuleError(rule, f"keep={self.keep!r}: a rule keeps f32, bf16 or f16")
         if not any((self.keep, self.weights, self.activations, self.attention, self.cache)):
             raise RuleError(rule, "the rule names no format; give weights=, activations=, attention=, cache= or keep=")
+        if self.seed < 0:
+            raise RuleError(rule, f"seed={self.seed}: a seed is 0 or more")
         for kind in self.kind:
             if kind not in (*CONTRACTIONS, "embedding"):
                 raise RuleError(rule, f"unknown kind {kind!r}{did_you_mean(kind, (*CONTRACTIONS, 'embedding'))}")
+
+    def _check_lies(self, rule: int, site: Site, format: str) -> None:
+        """Raise RuleError where blocks of the format do not lie on the operand."""
+        try:
+            verify_tensor(TensorType(site.layout(format), site.shape))
+        except VerifyException as error:
+            shape = ", ".join("?" if size == DYNAMIC_INDEX else str(size) for size in site.shape)
+            reason = str(error).replace(str(DYNAMIC_INDEX), "?")
+            key = "keep" if self.keep is not None else _KEYS[site.role]
+            raise RuleError(rule, f"{key}={format!r} does not fit {site.name} [{shape}]: {reason}") from None
 
     def _how(self, format: Attribute) -> Rounding:
         return Rounding(self._scale_rule(format), self.rounding, seed=self.seed)
@@ -122,18 +149,33 @@ class Quantize(ModulePass):
             what = f"scale_rule={self.scale_rule!r} has no effect"
             raise RuleError(rule, f"{what}: none of {given} has power-of-two scales")
 
-    def _modules(self, rule: int, every: list[Site]) -> list[Site]:
+    def _modules(self, rule: int, every: list[Site], module: ModuleOp) -> list[Site]:
         kinds = self.kind or CONTRACTIONS
         matched = [s for s in every if s.kind in kinds and matches(self.match, s.module)]
         if matched:
             return matched
+        if not every:
+            raise RuleError(rule, f"{self.match!r} matches nothing: {_without_sites(module)}")
         names = {s.module: s.kind for s in every if s.kind in kinds}
         other = {s.module: s.kind for s in every if matches(self.match, s.module)}
         hint = did_you_mean(self.match.strip("*."), names)
         if other:
-            module, kind = next(iter(other.items()))
-            hint = f"; {module} is of kind {kind}: name it with kind={kind}"
+            name, kind = next(iter(other.items()))
+            hint = f"; {name} is of kind {kind}: name it with kind={kind}"
         raise RuleError(rule, f"{self.match!r} matches 0 of {len(names)} modules{hint or nearest(self.match, names)}")
+
+
+def _without_sites(module: ModuleOp) -> str:
+    """Why there is nothing to quantize: no contraction, or weights that only torch operators read."""
+    readers = [op for op in module.walk() if isinstance(op, AtenOp) and any(map(is_weight, op.operands))]
+    if not readers:
+        return "the model has no contraction (linear, conv, matmul, attention)"
+    named = list(dict.fromkeys(f"{module_name(op)} ({op.target.data})" for op in readers))
+    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    return (
+        f"the model's weights are read by torch operators that have no structured operation and stay wide: "
+        f"{', '.join(named[:8])}{more}; write them with linear, conv or matmul to give them formats"
+    )
 
 
 def matches(pattern: str, module: str) -> bool:

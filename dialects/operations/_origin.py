@@ -18,7 +18,13 @@ _FOLLOWED = (CastOp, Movement, Pointwise, Binary, AtenOp)
 
 def is_weight(value: SSAValue) -> bool:
     """Whether the value follows from parameters alone, so that it is the same in every forward."""
-    found, open_values, seen = False, [value], set[SSAValue]()
+    return bool(parameters_of(value))
+
+
+def parameters_of(value: SSAValue) -> list[ParameterOp]:
+    """The parameters that a weight follows from; none for a value that follows from inputs too."""
+    found: list[ParameterOp] = []
+    open_values, seen = [value], set[SSAValue]()
     while open_values:
         value = open_values.pop()
         if value in seen:
@@ -26,9 +32,9 @@ def is_weight(value: SSAValue) -> bool:
         seen.add(value)
         owner = value.owner
         if isinstance(owner, ParameterOp):
-            found = True
+            found.append(owner)
         elif isinstance(owner, Block) or not isinstance(owner, _FOLLOWED):
-            return False
+            return []
         else:
             open_values += owner.operands
     return found

@@ -341,8 +341,8 @@ def test_weight_that_is_not_there(artefact: Path) -> None:
     [
         (None, '"mxloom" must give name and task'),
         ({"name": "x", "task": "chess", "tied": {}}, '"mxloom" must give name and task'),
-        ({"name": "x", "task": "module", "tied": {"a": 1}}, '"tied" in "mxloom" must map names'),
-        ({"name": "x", "task": "module", "tied": {"a": "b"}}, "no weight is named 'b'"),
+        ({"name": "x", "task": "module", "tied": {"a": 1}, "format_version": 1}, '"tied" in "mxloom" must map names'),
+        ({"name": "x", "task": "module", "tied": {"a": "b"}, "format_version": 1}, "no weight is named 'b'"),
     ],
 )
 def test_broken_settings(own: Any, message: str, artefact: Path) -> None:

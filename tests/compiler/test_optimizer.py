@@ -200,7 +200,7 @@ def test_the_dialect_prints_what_it_parses(module: Path, capsys: pytest.CaptureF
         ("quantize{wieghts=mxfp4}", 'pass "quantize" has no option "wieghts" (did you mean "weights"?)'),
         ("quantize{weights=3}", 'pass "quantize": Incompatible types'),
         ("quantize{", "'quantize{' is no pipeline of passes: Expected argument name here (character 10)"),
-        ("quantize{weights=mxfp4}", "matches 0 of 0 modules"),
+        ("quantize{weights=mxfp4}", "matches nothing: the model has no contraction"),
         ("quantize{weights=mxfp4 weights=mxint8}", 'the option "weights" comes twice'),
         ("quantize{scale-rule=even weights=mxfp4 scale_rule=even}", 'the option "scale_rule" comes twice'),
         ("quantize{seed=" + "9" * 5000 + "}", "a number in it has thousands of digits"),

@@ -292,3 +292,14 @@ def test_mixed_needs_a_threshold_and_has_no_stored_form() -> None:
         encode_tensor(x, mixed, Rounding(threshold=1.0))
     assert torch.equal(quantize(x, mixed, Rounding(threshold=-1.0)), mxloom.fake_quantize(x, "fp8_e4m3_tensor"))
     assert torch.equal(quantize(x, mixed, Rounding(threshold=torch.inf)), mxloom.fake_quantize(x, "nvfp4"))
+
+
+@pytest.mark.parametrize("name", [n for n in INSTANCES if n not in ("f32", "bf16", "f16")])
+@pytest.mark.parametrize("rounding", ["rne", "rna", "rtz"])
+@pytest.mark.parametrize("value", [float("inf"), 1e37, -1e37, 3.4e38, 1e-45])
+def test_no_number_becomes_nan(name: str, rounding: str, value: float):
+    x = torch.full((1, 128), 1.0)
+    x[0, 3] = value
+    rounded = mxloom.fake_quantize(x, name, rounding=rounding)
+    assert not rounded.isnan().any()
+    assert torch.equal(mxloom.encode(x, name, rounding=rounding).decode(), rounded)
