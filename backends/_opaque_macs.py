@@ -74,8 +74,8 @@ _SUMS_NOTHING = [
 """Operators that torch does not mark as pointwise, as a view or as a reduction, and that multiply nothing to sum it."""
 
 
-def opaque_macs(op: AtenOp, values: Mapping[SSAValue, Any]) -> int | None:
-    """MACs of one run at the shapes of `values`; None where an operator in it is not known.
+def opaque_macs(op: AtenOp, values: Mapping[SSAValue, Any]) -> tuple[int, bool]:
+    """MACs of one run at the shapes of `values`, and whether they are all: False where an operator in it is not known.
 
     The operator runs on tensors without data, so that what torch makes of it on any machine (an LSTM, a transposed
     convolution) falls apart into matrix products and convolutions; their counts are `torch.utils.flop_counter`'s, two
@@ -96,8 +96,8 @@ def opaque_macs(op: AtenOp, values: Mapping[SSAValue, Any]) -> int | None:
         with torch.no_grad(), counter:
             call.target(*fill(call.args, held), **fill(call.kwargs, held))
     except Exception:  # an operator without a kernel for shapes, or whose result's shape hangs on data
-        return None
-    return None if counter.unknown and not counter.total else counter.total
+        return 0, False
+    return counter.total, not counter.unknown
 
 
 @cache

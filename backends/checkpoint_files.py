@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..dialects.errors import MxloomError
+from ..dialects.errors import MxloomError, shortened
 
 INDEX_LIMIT = 50_000_000
 """Bytes of a shard index that are read at most."""
@@ -44,11 +44,13 @@ def checkpoint_files(folder: Path) -> dict[Path, list[str] | None]:
 def _shards(folder: Path, index: Path) -> dict[Path, list[str] | None]:
     weight_map = read_json(index, INDEX_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MxloomError(f'{index}: "weight_map" must map tensor names to shard files; it is {_short(weight_map)}.')
+        raise MxloomError(
+            f'{index}: "weight_map" must map tensor names to shard files; it is {shortened(repr(weight_map))}.'
+        )
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise MxloomError(f"{index}: the shard of {name!r} must be a file name; it is {_short(shard)}.")
+            raise MxloomError(f"{index}: the shard of {name!r} must be a file name; it is {shortened(repr(shard))}.")
         shards.setdefault(shard, []).append(name)
     return {_inside(folder, shard, index): names for shard, names in shards.items()}
 
@@ -60,7 +62,9 @@ def _inside(folder: Path, name: str, source: Path) -> Path:
     their model and are followed.
     """
     if not name.endswith(".safetensors") or name != Path(name).name or "\\" in name:
-        raise MxloomError(f"{source}: {_short(name)} is not the plain name of a .safetensors file in {folder}.")
+        raise MxloomError(
+            f"{source}: {shortened(repr(name))} is not the plain name of a .safetensors file in {folder}."
+        )
     path = folder / name
     if not path.is_file():
         raise MxloomError(f"{source}: the shard {name} is not in {folder}.")
@@ -85,10 +89,5 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise MxloomError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise MxloomError(f"{path}: must hold a JSON object; it holds {_short(fields)}.")
+        raise MxloomError(f"{path}: must hold a JSON object; it holds {shortened(repr(fields))}.")
     return fields
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

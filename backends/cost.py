@@ -25,7 +25,7 @@ from .weight_store import WeightStore
 NO_RULE = "no rule matches it"
 OUTER = "its product sums over one value"
 OPAQUE = "kept as a torch operator: no structured operation for it"
-UNKNOWN = "kept as a torch operator, MACs unknown"
+UNKNOWN = "kept as a torch operator, MACs not known, or not all of them"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Contracted:
 
     `operands` gives the format of each operand that is multiplied, `weights` those of them that follow from parameters
     alone, `wide` those that stayed wide, and `why` they did. Traffic counts each operand and the result once, in bytes
-    of their formats. Where the MACs of an opaque operator are not known, they are 0 and `why` says so.
+    of their formats. Of an opaque operator the MACs that are known are counted; `why` says where others are not.
     """
 
     name: str
@@ -171,19 +171,19 @@ def _why(op: Contraction) -> str:
 
 
 def _opaque(op: AtenOp, shapes: Shapes, values: Mapping[SSAValue, Any]) -> Contracted | None:
-    """The operator, if it multiplies and sums floats, or if it may and reads a weight; None for any other."""
+    """The operator, if it multiplies and sums floats or may do so; None for any other."""
     floats = {value for value in op.operands if _is_float(value)}
-    macs = opaque_macs(op, values) if floats else 0
-    weights = {value for value in floats if is_weight(value)}
-    if macs == 0 or (macs is None and not weights):
+    macs, complete = opaque_macs(op, values) if floats else (0, True)
+    if macs == 0 and complete:
         return None
+    weights = {value for value in floats if is_weight(value)}
     counted = _Counted()
     for name, value in op.named_operands():
         if value in floats:
             counted.add(name, _element(value), shapes[value], is_weight=value in weights)
     counted.add_results(op, shapes)
     name = path_of(op.results[0]) or op.target.data
-    return counted.contracted(name, op.target.data, macs or 0, UNKNOWN if macs is None else OPAQUE)
+    return counted.contracted(name, op.target.data, macs, OPAQUE if complete else UNKNOWN)
 
 
 class _Counted:

@@ -21,7 +21,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     What was at `target` is removed only then. After an error nothing is left of the new folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    folder = Path(tempfile.mkdtemp(prefix=".mxloom-", suffix=".partial", dir=target.parent))
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..dialects.errors import MxloomError
+from ..dialects.errors import MxloomError, first_line
 
 INTERRUPTED = 130
 """128 and the number of SIGINT, as shells report it."""
@@ -46,8 +46,7 @@ def _explained(error: Exception) -> tuple[str, int]:
         return str(error), 1
     if isinstance(error, MemoryError):
         return "there is not enough memory", 1
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"this is a fault of mxloom: {type(error).__name__}: {first:.300}; --debug shows where", 1
+    return f"this is a fault of mxloom: {first_line(error)}; --debug shows where", 1
 
 
 def _prepare_streams() -> None:

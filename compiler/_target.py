@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ..dialects.errors import UsageError
+from ..dialects.errors import UsageError, shortened
 from .artefact_files import is_artefact
 
 
@@ -19,10 +19,10 @@ def check_target(directory: str | Path) -> Path:
     if not str(directory) or "\0" in str(directory):
         raise UsageError(f"{str(directory)!r} is no folder's name")
     target = Path(directory)
-    if target.is_symlink():
-        raise UsageError(f"{target}: is a link; name a folder itself")
     parent, missing = _nearest(target)
     _check_names(target, parent, missing)
+    if target.is_symlink():
+        raise UsageError(f"{target}: is a link; name a folder itself")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is there and is no folder; name another place")
     if not missing and not is_artefact(target) and any(target.iterdir()):
@@ -45,7 +45,7 @@ def _nearest(target: Path) -> tuple[Path, tuple[str, ...]]:
             missing.append(place.name)
             place = place.parent
     except OSError as error:  # a name that is too long, a folder that must not be looked into
-        raise UsageError(f"{_short(target)}: cannot be a folder ({error.strerror})") from error
+        raise UsageError(f"{shortened(str(target))}: cannot be a folder ({error.strerror})") from error
     if missing and not place.is_dir():
         raise UsageError(f"{target}: {place} is there and is no folder")
     return (place if missing else place.parent), tuple(missing)
@@ -55,9 +55,4 @@ def _check_names(target: Path, parent: Path, missing: tuple[str, ...]) -> None:
     longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     for name in missing:
         if len(os.fsencode(name)) > longest:
-            raise UsageError(f"{_short(target)}: a name there takes more than {longest} bytes")
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+            raise UsageError(f"{shortened(str(target))}: a name there takes more than {longest} bytes")

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..backends.checkpoint_files import read_json
-from ..dialects.errors import MxloomError
+from ..dialects.errors import MxloomError, shortened
 from .tokenizer_files import COMPANIONS
 
 FORMAT_VERSION = 1
@@ -86,10 +86,10 @@ def _check_plain(folder: Path, name: str) -> None:
     """A name of a file inside the folder; neither the file nor a folder on the way to it is a link."""
     listing = folder / PROVENANCE
     if not _is_name(name):
-        raise MxloomError(f"{listing}: {_short(name)} is no name of a file.")
+        raise MxloomError(f"{listing}: {shortened(ascii(name))} is no name of a file.")
     parts = PurePosixPath(name).parts
     if name.startswith("/") or ".." in parts or "\\" in name:
-        raise MxloomError(f"{listing}: {_short(name)} leads out of the folder.")
+        raise MxloomError(f"{listing}: {shortened(ascii(name))} leads out of the folder.")
     path, mode = folder, 0
     for number in range(1, len(parts) + 1):
         path = folder.joinpath(*parts[:number])
@@ -109,8 +109,3 @@ def _is_name(name: str) -> bool:
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
         return False
     return 0 < len(encoded) <= 1000 and "\0" not in name and PurePosixPath(name).name not in ("", ".")
-
-
-def _short(name: str) -> str:
-    text = ascii(name)
-    return text if len(text) <= 80 else f"{text[:77]}..."

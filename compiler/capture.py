@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
-from ..dialects.errors import MxloomError, did_you_mean
+from ..dialects.errors import MxloomError, did_you_mean, first_line
 from .attention_interface import register, structured
 from .decomposition import decomposed
 from .dynamic_sizes import Dims, advice, dynamic_dims, frozen, model_frame
@@ -54,7 +54,7 @@ def capture(
     """
     import torch
 
-    _check_names(model, example)
+    _check_arguments(model, example)
     example = widened(example)
     wanted = dynamic_dims(example, dynamic)
     _check_example(model, example, wanted)
@@ -113,8 +113,8 @@ def _check_example(model: nn.Module, example: Mapping[str, Tensor], wanted: Dims
                 )
 
 
-def _check_names(model: nn.Module, example: Mapping[str, Tensor]) -> None:
-    """Every input is an argument of forward, and every argument without a default is given."""
+def _check_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Every input is a tensor and an argument of forward, and every argument without a default is given."""
     import torch
 
     for name, value in example.items():
@@ -147,7 +147,7 @@ def _fault_of_example(model: nn.Module, example: Mapping[str, Tensor]) -> str | 
     except Exception as error:
         where = _place(model_frame(traceback.extract_tb(error.__traceback__)))
         return (
-            f"{type(model).__name__} does not run on the example: {_first_line(error)}\n  at {where}\n"
+            f"{type(model).__name__} does not run on the example: {first_line(error)}\n  at {where}\n"
             f"  do: give example inputs that model(**example) takes; these have the shapes {_shapes(example)}"
         )
     return None
@@ -157,11 +157,6 @@ def _shapes(example: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in example.items())
 
 
-def _first_line(error: Exception) -> str:
-    kind = type(error).__name__
-    return f"{kind}: {str(error).splitlines()[0][:200]}" if str(error).strip() else kind
-
-
 def _explain(error: Exception, model: nn.Module) -> str:
     """One message: the model's own file and line, the rule, what to do."""
     kind = type(error).__name__
@@ -169,7 +164,7 @@ def _explain(error: Exception, model: nn.Module) -> str:
         rule = "a Python branch depends on a tensor's value"
         advice = "write it with torch.where or torch.cond, or keep the branch outside the model"
     else:
-        rule = _first_line(error)
+        rule = first_line(error)
         advice = "export needs a forward that is free of side effects and takes the example's inputs by name"
     where = _place(model_frame(traceback.extract_tb(error.__traceback__)))
     return f"{type(model).__name__} cannot be captured\n  at {where}\n  because {rule}\n  do: {advice}"

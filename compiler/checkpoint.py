@@ -102,7 +102,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
             folder, local_files_only=True, trust_remote_code=False, attn_implementation="eager"
         )  # pyright: ignore[reportReturnType]
     except Exception as error:
-        raise MxloomError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
+        raise MxloomError(f"{folder / 'config.json'}: transformers cannot read it: {in_one_line(error)}") from error
 
 
 def architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -151,7 +151,7 @@ def _unbuildable(folder: Path, config: PreTrainedConfig, error: Exception) -> Mx
         keys = [key for key, value in _words(config.to_dict()) if value == error.args[0]]
         if keys:
             return MxloomError(f"{path}: {' or '.join(keys)} is {error.args[0]!r}, which transformers does not know.")
-    return MxloomError(f"{path}: the model cannot be built: {first_line(error)}")
+    return MxloomError(f"{path}: the model cannot be built: {in_one_line(error)}")
 
 
 def _words(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -369,7 +369,7 @@ def _load_in_memory(model: PreTrainedModel, folder: Path, notes: list[str]) -> t
             )
             loaded, report = answer
         except Exception as error:
-            raise MxloomError(f"{folder}: transformers cannot load it: {first_line(error)}") from error
+            raise MxloomError(f"{folder}: transformers cannot load it: {in_one_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(str(item) for item in report.get(problem) or ()):
             raise MxloomError(f"{folder}: {problem.replace('_', ' ')} on loading: {listed(found)}.")
@@ -390,7 +390,7 @@ def listed(items: list[str], separator: str = ", ") -> str:
     return separator.join(items[:_LISTED]) + rest
 
 
-def first_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """Kind of error and its text in one line, for transformers' validation says what is wrong in the second; capped."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"

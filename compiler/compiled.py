@@ -13,6 +13,7 @@ from xdsl.dialects.func import FuncOp
 
 from ..backends.cost import Cost, cost
 from ..backends.coverage import Coverage, coverage
+from ..backends.stored_tensors import stored_tensors
 from ..backends.weight_store import WeightStore
 from ..dialects.arguments import whole_number
 from ..dialects.errors import UsageError
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 SEQUENCE = 512
 """Tokens of the forward that costs are stated for where nothing else is said."""
+
+LARGEST_SIZE = 2**20
+"""Of a batch and of a sequence: torch counts the elements of a tensor in 63 bits."""
 
 
 @dataclass
@@ -119,10 +123,10 @@ class Compiled:
         """The shape of every input, its dynamic sizes filled in: the first is the batch, the others the sequence."""
         from .evaluated import positions
 
-        whole_number("batch", batch, 1)
+        whole_number("batch", batch, 1, LARGEST_SIZE)
         if sequence is None:
             sequence = min(SEQUENCE, positions(self.source.config) or SEQUENCE)
-        whole_number("sequence", sequence, 1)
+        whole_number("sequence", sequence, 1, LARGEST_SIZE)
         shapes = [shape_of(a) for a in self.function.body.block.args]
         fill = (batch, *[sequence] * 8)
         return [tuple(f if d == UNKNOWN else d for d, f in zip(shape, fill, strict=False)) for shape in shapes]
@@ -153,7 +157,7 @@ class Compiled:
     def _twice_stored(self) -> list[str]:
         """A line for each weight that its uses read in different formats, which the file holds once for each."""
         formats = dict[str, list[str]]()
-        for tensor in self.cost().tensors:
+        for tensor in stored_tensors(self.module, self.weights, self.source.state):
             formats.setdefault(self.weights.canonical(tensor.name), []).append(tensor.format)
         return [
             f"{name} is stored {len(own)} times, as {' and '.join(own)}: its uses read it in different formats"

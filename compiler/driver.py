@@ -22,6 +22,7 @@ from ..passes.quantize import RuleError
 from .compiled import Compiled
 from .model_source import ModelSource, open_model
 from .pipeline import apply_pass, parse_passes
+from .protocol import read_text
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def compile(
     """
     tell = report or (lambda step, line: None)
     chosen = _recipe(recipe, weights, activations)
+    if chosen and chosen.evaluate:
+        read_text(_folder(chosen) / chosen.evaluate.text)  # what cannot be measured is told before the work
     source = model if isinstance(model, ModelSource) else open_model(model, example=example)
     if dynamic is not None:
         source.set_dynamic(dynamic)
@@ -79,11 +82,16 @@ def _evaluated(compiled: Compiled, recipe: Recipe) -> Any:
 
     wanted = recipe.evaluate
     assert wanted is not None
-    folder = recipe.path.parent if recipe.path else Path()
+    folder = _folder(recipe)
     against: Any = None
     if wanted.against is not None:
         against = compiled.source if wanted.against == "float" else folder / wanted.against
     return evaluate(compiled, folder / wanted.text, context=wanted.context, limit=wanted.limit, against=against)
+
+
+def _folder(recipe: Recipe) -> Path:
+    """Where the paths in a recipe begin: the folder of its file, or the working directory."""
+    return recipe.path.parent if recipe.path else Path()
 
 
 def import_source(source: ModelSource, report: Report | None = None) -> ModuleOp:

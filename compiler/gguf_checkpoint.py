@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..backends.weight_store import WeightStore
 from ..dialects.errors import MxloomError
 from ._quiet import quiet_transformers
-from .checkpoint import architecture, first_line, listed
+from .checkpoint import architecture, in_one_line, listed
 from .example_inputs import task_of
 from .model_source import ModelSource, non_persistent_buffers
 
@@ -32,7 +32,7 @@ def open_gguf(path: Path) -> ModelSource:
         except MxloomError:
             raise
         except Exception as error:
-            raise MxloomError(f"{path}: transformers cannot read it: {first_line(error)}") from error
+            raise MxloomError(f"{path}: transformers cannot read it: {in_one_line(error)}") from error
     weights = WeightStore.from_state_dict({**model.state_dict(), **dict(non_persistent_buffers(model))}, copy=False)
     return ModelSource(model, weights, path.stem, task_of(model, None), config, (path,), tuple(notes))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from keyword import iskeyword
 from pathlib import Path
 
 from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
 from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.utils.exceptions import DiagnosticException, ParseError
 
-from ..dialects.errors import MxloomError
+from ..dialects.errors import MxloomError, shortened
 from ..dialects.mx import parse_module
 from ..dialects.operations._operation import Operation
 
@@ -63,21 +62,16 @@ def check_module(module: ModuleOp) -> None:
             raise MxloomError(f"{op.name} is not an operation of mx, and nothing else may stand in the function.")
 
 
-def is_output_name(name: str) -> bool:
-    """Whether `name` can be a field of the named tuple that a compiled module yields."""
-    return name.isidentifier() and not iskeyword(name) and not name.startswith("_")
-
-
 def _check_outputs(function: FuncOp, results: int) -> None:
     names = function.attributes.get("outputs")
     if names is None:
         if results != 1:
             raise MxloomError(f"the function yields {results} values without names: the attribute outputs is missing.")
         return
-    found = [name.data for name in names if isinstance(name, StringAttr)] if isinstance(names, ArrayAttr) else []
-    if len(found) != results or len(set(found)) != results or not all(map(is_output_name, found)):
+    found = [name for name in names if isinstance(name, StringAttr)] if isinstance(names, ArrayAttr) else []
+    if len(found) != results:
         raise MxloomError(
-            f"outputs = {names!s:.100}: it must be {results} names, each once, that can be attributes in Python."
+            f"outputs = {shortened(str(names))}: it must be a list of {results} names, one for each result."
         )
 
 

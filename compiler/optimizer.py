@@ -15,7 +15,7 @@ from xdsl.utils.arg_spec import parse_spec
 from xdsl.utils.exceptions import ArgSpecParseError, DiagnosticException, ParseError, ShrinkException
 from xdsl.xdsl_opt_main import xDSLOptMain
 
-from ..dialects.errors import MxloomError, UsageError
+from ..dialects.errors import MxloomError, UsageError, first_line
 from ._failures import reported
 from .pipeline import failures_of, parse_passes
 from .universe import all_dialects, all_passes, all_targets
@@ -76,7 +76,7 @@ class MxloomOptMain(xDSLOptMain):
         except UnicodeDecodeError as error:
             raise MxloomError(f"{self.get_input_name()}: not UTF-8 text (byte {error.start})") from error
         except Exception as error:
-            raise MxloomError(f"{self.get_input_name()}: cannot be read as a module: {_first_line(error)}") from error
+            raise MxloomError(f"{self.get_input_name()}: cannot be read as a module: {first_line(error)}") from error
 
     def setup_pipeline(self) -> None:
         super_passes, self.args.passes = self.args.passes, ""
@@ -93,7 +93,7 @@ class MxloomOptMain(xDSLOptMain):
             raise
         except Exception as error:
             name = parse_spec(self.args.target).name
-            raise MxloomError(f"the target {name!r} cannot write this module: {_first_line(error)}") from error
+            raise MxloomError(f"the target {name!r} cannot write this module: {first_line(error)}") from error
 
 
 class _Result(StringIO):
@@ -150,8 +150,3 @@ def _check_output(name: str | None) -> None:
 
 def _refused(message: str) -> NoReturn:
     raise UsageError(f"{message}; see mxloom-opt --help")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0].strip():.300}"

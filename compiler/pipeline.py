@@ -9,7 +9,7 @@ from xdsl.passes import ModulePass
 from xdsl.utils.arg_spec import ArgSpec, PipelineLexer, SpecTokenKind, parse_pipeline
 from xdsl.utils.exceptions import ArgSpecParseError, DiagnosticException
 
-from ..dialects.errors import MxloomError, UsageError, did_you_mean
+from ..dialects.errors import MxloomError, UsageError, did_you_mean, shortened
 from .universe import PassFactory, all_passes, own_passes
 
 _FORESEEN = (DiagnosticException, ValueError, TypeError, NotImplementedError)
@@ -31,11 +31,11 @@ def parse_passes(pipeline: str, known: Mapping[str, PassFactory] | None = None) 
         _, place, *_, problem = str(error).splitlines()
         column = place.rpartition(":")[2]
         raise UsageError(
-            f"{_short(pipeline)} is no pipeline of passes: {problem.strip()} (character {column})"
+            f"{shortened(repr(pipeline), 200)} is no pipeline of passes: {problem.strip()} (character {column})"
         ) from error
     except ValueError as error:  # a number of thousands of digits
         raise UsageError(
-            f"{_short(pipeline)} is no pipeline of passes: a number in it has thousands of digits"
+            f"{shortened(repr(pipeline), 200)} is no pipeline of passes: a number in it has thousands of digits"
         ) from error
     _check_text(pipeline)
     return tuple(_instance(spec, own_passes() if known is None else known) for spec in specs)
@@ -63,12 +63,9 @@ def failures_of(step: ModulePass, passed_on: tuple[type[Exception], ...] = ()) -
         if ours and not isinstance(error, _FORESEEN):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise MxloomError(f'the pass "{step.name}" ({_short(str(step))}) failed: {"; ".join(lines[-2:])}') from error
-
-
-def _short(text: str) -> str:
-    spelled = repr(text)
-    return spelled if len(spelled) <= 200 else f"{spelled[:100]}...{spelled[-60:]}"
+        raise MxloomError(
+            f'the pass "{step.name}" ({shortened(repr(str(step)), 200)}) failed: {"; ".join(lines[-2:])}'
+        ) from error
 
 
 def _check_text(pipeline: str) -> None:
@@ -82,11 +79,13 @@ def _check_text(pipeline: str) -> None:
         if token.kind is SpecTokenKind.IDENT and before in (SpecTokenKind.L_BRACE, SpecTokenKind.SPACE):
             option = token.text.replace("-", "_")
             if option in given:
-                raise UsageError(f'{_short(pipeline)}: the option "{option}" comes twice')
+                raise UsageError(f'{shortened(repr(pipeline), 200)}: the option "{option}" comes twice')
             given.add(option)
         before, token = token.kind, lexer.lex()
     if before is SpecTokenKind.COMMA:
-        raise UsageError(f"{_short(pipeline)} is no pipeline of passes: a pass is missing behind the last comma")
+        raise UsageError(
+            f"{shortened(repr(pipeline), 200)} is no pipeline of passes: a pass is missing behind the last comma"
+        )
 
 
 def _instance(spec: ArgSpec, known: Mapping[str, PassFactory]) -> ModulePass:

@@ -25,9 +25,6 @@ from ..dialects.errors import MxloomError, UsageError
 PASS_GROUP = "mxloom.passes"
 UNIVERSE_GROUP = "xdsl.universe"
 
-STARTS_PROGRAMS = frozenset({"mlir-opt"})
-"""Passes of xDSL that run an executable which their options name."""
-
 PassFactory = Callable[[], type[ModulePass]]
 TargetFactory = Callable[[], type[Target]]
 Named = TypeVar("Named", ModulePass, Target)

@@ -7,13 +7,14 @@ mxloom compile ./Qwen3-0.6B --recipe recipe.yaml --out ./q06
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...dialects.errors import UsageError
 from . import _json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..compiled import Compiled
     from ..recipe import Recipe
 
@@ -30,15 +31,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .._target import check_target
     from ..driver import compile
     from ..progress import Progress
 
     recipe = _recipe(args)
-    _check_out(Path(args.out))
+    replaced = check_target(args.out).exists()
     with Progress().working(f"compiling {args.model}") as report:
         compiled = compile(args.model, recipe, report=report)
         report("cost", compiled.cost().summary())
-    replaced = Path(args.out).exists()
     folder = compiled.save(args.out)
     _json.write(compiled.report() | {"folder": str(folder)}) if args.json else _print(compiled, folder, replaced)
     return 0
@@ -59,14 +60,6 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     for format in formats.values():
         format_of(format)
     return Recipe.from_dict({"quantize": [formats]})
-
-
-def _check_out(folder: Path) -> None:
-    """Refuse a folder that saving would refuse, before the work and not after it."""
-    from ..artefact import is_artefact
-
-    if folder.exists() and not is_artefact(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--out {folder} is there and was not written by mxloom compile: name a new folder")
 
 
 def _print(compiled: Compiled, folder: Path, replaced: bool) -> None:

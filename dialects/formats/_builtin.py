@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -122,8 +123,9 @@ class Counted(Numbers):
         raise self.refusal
 
     @property
+    @abstractmethod
     def refusal(self) -> MxloomError:
-        raise NotImplementedError
+        """Why no values are rounded into the type, and what to use instead."""
 
 
 class Integer(Counted):

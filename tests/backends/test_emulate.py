@@ -84,33 +84,6 @@ def test_the_graph_runs_under_the_compiler_of_torch_export():
     assert all(torch.equal(a, b) for a, b in zip(graph(other), again(other), strict=True))
 
 
-class Colliding(torch.nn.Module):
-    """Names that become one identifier, that Python reserves, and a weight that is read in two layouts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("a_b", "a-b", "return", 'x"y'):
-            self.add_module(name, torch.nn.Linear(32, 32))
-        self.w = torch.nn.Parameter(torch.randn(32, 32))
-        self.w_mxfp4 = torch.nn.Parameter(torch.randn(32, 32))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for name in ("a_b", "a-b", "return", 'x"y'):
-            x = getattr(self, name)(x)
-        return torch.nn.functional.linear(x, self.w) + x @ self.w + torch.nn.functional.linear(x, self.w_mxfp4)
-
-
-@pytest.mark.parametrize("formats", [{}, {"weights": "mxfp4", "activations": "mxint8"}])
-def test_names_that_collide_stay_apart(formats: dict[str, str]):
-    torch.manual_seed(0)
-    model, x = Colliding(), torch.randn(3, 32)
-    compiled = mxloom.compile(model, {"quantize": [formats]} if formats else None, example={"x": x})
-    (expected,) = Interpreter(compiled.module, compiled.weights)(x)
-    assert torch.equal(compiled(x), expected)
-    if not formats:
-        assert torch.equal(compiled(x), model(x))
-
-
 LAYERS = [
     "a_b",
     "a-b",

@@ -1,5 +1,6 @@
 """What a compiled model is called with: refused in words or converted; models of other floats; names of outputs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,9 +110,49 @@ def test_names_of_outputs_as_fields() -> None:
     ]
 
 
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"batch": 1.5}, {"sequence": -1}, {"sequence": "8"}, {"batch": True}])
+@pytest.mark.parametrize(
+    "sizes", [{"batch": 0}, {"batch": 1.5}, {"sequence": -1}, {"sequence": "8"}, {"batch": True}, {"sequence": 10**30}]
+)
 def test_sizes_are_whole_numbers(sizes: dict[str, Any]) -> None:
     compiled = mxloom.compile(layers(), example={"input": torch.randn(2, 32)})
     for asked in (compiled.cost, compiled.coverage):
-        with pytest.raises(MxloomError, match=f"{next(iter(sizes))} is a whole number of 1 or more, got"):
+        with pytest.raises(MxloomError, match=f"{next(iter(sizes))} is a whole number from 1 to 1048576, got"):
             asked(**sizes)
+
+
+def test_outputs_of_any_names_are_saved_and_loaded(tmp_path: Path) -> None:
+    """Keys that are no Python names, and two that become one: what runs can be written."""
+    inputs = torch.randint(10, (2, 5)), torch.rand(2, 5) > 0.5, torch.randn(2, 32)
+    compiled = mxloom.compile(Chosen(), example=dict(zip(("ids", "keep", "x"), inputs, strict=True)))
+    loaded = mxloom.load(compiled.save(tmp_path / "chosen"))
+    assert loaded(*inputs)._fields == ("class_", "a_b", "a_b_1")
+    assert all(torch.equal(one, other) for one, other in zip(loaded(*inputs), compiled(*inputs), strict=True))
+
+
+@QUANTIZED
+def test_a_compilation_is_a_snapshot(formats: dict[str, str], tmp_path: Path) -> None:
+    model, x = layers(), torch.randn(3, 32)
+    compiled = mxloom.compile(model, recipe(formats), example={"input": x})
+    before = mxloom.compile(layers(), recipe(formats), example={"input": x})(x)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    assert torch.equal(compiled(x), before)
+    assert torch.equal(mxloom.load(compiled.save(tmp_path / "saved"))(x), before)
+
+
+class Masked(nn.Module):
+    """Values [B, T, 4] of which a mask [B, T] keeps some: the lengths of both go together."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * mask[..., None]
+
+
+def test_sizes_that_go_together_are_named() -> None:
+    example = {"x": torch.randn(2, 5, 4), "mask": torch.ones(2, 5, dtype=torch.bool)}
+    with pytest.raises(MxloomError, match=r"dynamic=\{'x': \[0, 1\], 'mask': \[0, 1\]\} lets all change together"):
+        mxloom.compile(Masked(), example=example)
+    compiled = mxloom.compile(Masked(), example=example, dynamic={"x": [0, 1], "mask": [0, 1]})
+    x, mask = torch.randn(3, 9, 4), torch.rand(3, 9) > 0.5
+    assert torch.equal(compiled(x, mask), x * mask[..., None])
+    with pytest.raises(UsageError, match="dynamic names 'y', which is no input of the example"):
+        mxloom.compile(Masked(), example=example, dynamic={"y": [0]})
