@@ -16,6 +16,7 @@ from xdsl.utils.exceptions import ArgSpecParseError, DiagnosticException, ParseE
 from xdsl.xdsl_opt_main import xDSLOptMain
 
 from ..dialects.errors import MxloomError, UsageError, first_line
+from ..dialects.parsing import ModuleParser
 from ._failures import reported
 from .pipeline import failures_of, parse_passes
 from .universe import all_dialects, all_passes, all_targets
@@ -42,6 +43,14 @@ class MxloomOptMain(xDSLOptMain):
     def register_all_dialects(self) -> None:
         for name, factory in all_dialects().items():
             self.ctx.register_dialect(name, factory)
+
+    def register_all_frontends(self) -> None:
+        super().register_all_frontends()
+        self.available_frontends["mlir"] = self._parse
+
+    def _parse(self, text: IO[bytes]) -> ModuleOp:
+        parser = ModuleParser(self.ctx, text.read(), self.get_input_name())
+        return parser.parse_module(not self.args.no_implicit_module)
 
     def register_all_passes(self) -> None:
         self.available_passes.update(all_passes())

@@ -10,12 +10,12 @@ from functools import lru_cache
 from xdsl.context import Context
 from xdsl.dialects.builtin import DYNAMIC_INDEX, Builtin, FunctionType
 from xdsl.ir import Attribute, TypeAttribute
-from xdsl.parser import Parser
 from xdsl.utils.exceptions import ParseError, VerifyException
 
 from .arguments import came
 from .errors import UsageError, did_you_mean
 from .formats import FAMILIES, BlockType, FixedType, MixedType, bits, default_scale_rule, refusal
+from .parsing import ModuleParser
 
 OCP = "OCP Microscaling Formats (MX) v1.0"
 NVIDIA = "NVIDIA NVFP4; arXiv 2510.25602"
@@ -131,7 +131,7 @@ def parse_format(text: str) -> TypeAttribute:
     for family in FAMILIES:
         context.load_attr_or_type(family)
     try:  # as the one input of a function type, so that nothing may follow it
-        found = Parser(context, f"({spelled}) -> ()", "<format>").parse_type()
+        found = ModuleParser(context, f"({spelled}) -> ()", "<format>").parse_type()
     except VerifyException as error:
         raise UsageError(f"{text!r} is not a format: {error}") from error
     except ParseError as error:

@@ -11,10 +11,10 @@ from xdsl.dialects.builtin import Builtin, ModuleOp
 from xdsl.dialects.func import Func
 from xdsl.ir import Dialect, TypeAttribute
 from xdsl.ir import Operation as XdslOperation
-from xdsl.parser import Parser
 
 from . import formats, operations
 from .operations._operation import Operation
+from .parsing import ModuleParser
 
 
 def _operations() -> list[type[XdslOperation]]:
@@ -41,23 +41,9 @@ def context() -> Context:
     return fresh
 
 
-class _Parser(Parser):
-    """Reads back what xDSL prints of letters beyond ASCII: bytes in UTF-8, which it would not take for a string."""
-
-    def parse_optional_str_literal(self) -> str | None:
-        if (text := super().parse_optional_str_literal()) is not None:
-            return text
-        if (encoded := self.parse_optional_bytes_literal()) is None:
-            return None
-        try:
-            return encoded.decode()
-        except UnicodeDecodeError:
-            self.raise_error("a string is UTF-8")
-
-
 def parse_module(text: str, name: str = "<string>") -> ModuleOp:
     """The module that `text` spells, verified; xDSL's ParseError or VerifyException names the place of a fault."""
-    module = _Parser(context(), text, name).parse_module()
+    module = ModuleParser(context(), text, name).parse_module()
     module.verify()
     return module
 
@@ -65,4 +51,4 @@ def parse_module(text: str, name: str = "<string>") -> ModuleOp:
 @cache
 def parse_type(text: str) -> TypeAttribute:
     """The type that `text` spells."""
-    return Parser(context(), text).parse_type()
+    return ModuleParser(context(), text).parse_type()
