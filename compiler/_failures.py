@@ -43,7 +43,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, MxloomError):
         return str(error), error.exit_status
     if isinstance(error, OSError):
-        return str(error), 1
+        # one that names no file comes from a stream: files are opened by name
+        return (str(error) if error.filename else f"the output cannot be written: {error.strerror or error}"), 1
     if isinstance(error, MemoryError):
         return "there is not enough memory", 1
     return f"this is a fault of mxloom: {first_line(error)}; --debug shows where", 1

@@ -105,6 +105,7 @@ def test_a_missing_model_is_one_message(arguments: list[str], capsys: pytest.Cap
     [
         (MxloomError("it broke"), 1, "mxloom: it broke\n"),
         (OSError(28, "No space left on device", "out"), 1, "mxloom: [Errno 28] No space left on device: 'out'\n"),
+        (OSError(28, "No space left on device"), 1, "mxloom: the output cannot be written: No space left on device\n"),
         (KeyboardInterrupt(), 130, "mxloom: interrupted\n"),
     ],
 )
