@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backends.kernels.fake_quantization import fake_quantize as fake_quantize
     from .compiler.artefact import load as load
     from .compiler.compiled import Compiled as Compiled
     from .compiler.driver import compile as compile
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from .dialects.errors import MxloomError as MxloomError
     from .dialects.numbers import Encoded as Encoded
     from .dialects.numbers import encode as encode
-    from .dialects.numbers import fake_quantize as fake_quantize
     from .dialects.numbers import formats as formats
     from .passes._sites import sites as sites
 
@@ -28,7 +28,7 @@ _HOMES = {
     "compile": ".compiler.driver",
     "encode": ".dialects.numbers",
     "evaluate": ".compiler.evaluation",
-    "fake_quantize": ".dialects.numbers",
+    "fake_quantize": ".backends.kernels.fake_quantization",
     "formats": ".dialects.numbers",
     "load": ".compiler.artefact",
     "remembered": ".compiler.evaluated",

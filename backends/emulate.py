@@ -20,7 +20,8 @@ from ..dialects.operations._values import path_of, torch_dtype
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
 from ..dialects.torch_operators import operator, quantize_call
-from .reference import Interpreter, Weights, body
+from .kernels import fake_quantization
+from .reference import Weights, body, constants
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,9 +44,11 @@ class Emulate(Target):
 def build(module: ModuleOp, weights: Weights) -> GraphModule:
     """A GraphModule with the module's inputs in order and a tuple of its outputs; equals `Interpreter` bit for bit.
 
-    Rounded parameters are computed now and held as buffers; every other cast is a call of `mxloom::quantize`.
+    Rounded parameters are computed now and held as buffers; every other cast is a call of `mxloom::quantize`,
+    which native kernels carry out on a CPU.
     """
-    return _emulation(module, Interpreter(module, weights).constants)
+    fake_quantization.register()
+    return _emulation(module, constants(body(module), weights)[0])
 
 
 def _emulation(module: ModuleOp, constants: dict[SSAValue, Tensor]) -> GraphModule:

@@ -16,6 +16,7 @@ from ..dialects.operations._shapes import fits, shape_of, text
 from ..dialects.operations._values import torch_dtype
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
+from .kernels.fake_quantization import reference_only
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,8 @@ class Interpreter:
     def __init__(self, module: ModuleOp, weights: Weights) -> None:
         """Raises MxloomError where a parameter is missing, or has another shape than the module says."""
         self.block = body(module)
-        self.constants, self._folded = _constants(self.block, weights)
+        with reference_only():
+            self.constants, self._folded = constants(self.block, weights)
         self._outputs: list[SSAValue] = []
         self._steps: list[tuple[Operation, Call, list[SSAValue]]] = []
         self._prepare()
@@ -62,7 +64,7 @@ class Interpreter:
         if len(inputs) != len(self.block.args):
             raise MxloomError(f"the module takes {len(self.block.args)} inputs {self.inputs}, got {len(inputs)}")
         values: dict[SSAValue, Any] = dict(self.constants)
-        with torch.no_grad():
+        with torch.no_grad(), reference_only():
             for argument, given in zip(self.block.args, inputs, strict=True):
                 _check_input(argument, given)
                 values[argument] = given
@@ -143,7 +145,7 @@ def _rounded(value: Any, type: Attribute) -> Any:
     return formats.quantize(value, element) if has_data else value
 
 
-def _constants(block: Block, weights: Weights) -> tuple[dict[SSAValue, Any], set[Operation]]:
+def constants(block: Block, weights: Weights) -> tuple[dict[SSAValue, Any], set[Operation]]:
     """Values of the parameters and of their casts, and these operations; what only casts read is not kept."""
     import torch
 

@@ -188,7 +188,13 @@ def quantize(
     from .mx import parse_type
 
     how = formats.Rounding(scale_rule, rounding, clip, seed, threshold)
-    return formats.quantize(input, parse_type(format), how)
+    return formats.quantize(input, parse_type(format), how).contiguous()
+
+
+def _quantize_fake(input: Tensor, *_: Any, **__: Any) -> Tensor:
+    import torch
+
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def quantize_call(value: Any, element: Attribute, how: Rounding) -> tuple[Callable[..., Any], tuple[Any, ...], dict]:
@@ -246,7 +252,7 @@ def register() -> object:
     library.impl("rope", rope, "CompositeImplicitAutograd")
     _define(library, "attention", attention, _attention_fake, _recompute(attention))
     _define(library, "expert_linear", expert_linear, _expert_fake, _expert_backward)
-    _define(library, "quantize", quantize, lambda input, *_, **__: torch.empty_like(input), _straight_through)
+    _define(library, "quantize", quantize, _quantize_fake, _straight_through)
     return library
 
 

@@ -126,13 +126,13 @@ class BlockType(ParametrizedAttribute, Format):
         )
 
     def quantize(self, x: Tensor, how: Rounding) -> Tensor:
-        return _scaled.quantize(x, self._scaling(x.shape), how, self._rule(how))
+        return _scaled.quantize(x, self.scaling(x.shape), how, self.rule(how))
 
     def encode(self, x: Tensor, how: Rounding, given: Given) -> Parts:
-        return _scaled.encode(x, self._scaling(x.shape, full_range=bool(given)), how, self._rule(how), given)
+        return _scaled.encode(x, self.scaling(x.shape, full_range=bool(given)), how, self.rule(how), given)
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        return _scaled.decode(parts, self._scaling(parts.codes.shape), dtype)
+        return _scaled.decode(parts, self.scaling(parts.codes.shape), dtype)
 
     def pack(self, parts: Parts) -> Tensor:
         return element_of(self.element).pack(self.tiling(parts.codes.shape).stream(parts.codes))
@@ -163,7 +163,8 @@ class BlockType(ParametrizedAttribute, Format):
             zeros = element.unpack(zeros, prod(tiling.grid)).reshape(tiling.grid)
         return Parts(codes, tensors["scales"], tensors.get("global_scale"), zeros)
 
-    def _rule(self, how: Rounding) -> str:
+    def rule(self, how: Rounding) -> str:
+        """The scale rule that a rounding means for this format. Raises UsageError for one that does not fit."""
         if how.threshold is not None:
             raise UsageError(f"{self} is one format for all blocks: a threshold belongs to !mx.mixed; leave it out")
         rule = how.scale_rule or self.default_scale_rule
@@ -171,7 +172,7 @@ class BlockType(ParametrizedAttribute, Format):
             raise UsageError(f"scale rule {rule!r} does not fit {self}: use {' or '.join(self.scale_rules())}")
         return rule
 
-    def _scaling(self, shape: Sequence[int], *, full_range: bool = False) -> _scaled.Scaling:
+    def scaling(self, shape: Sequence[int], *, full_range: bool = False) -> _scaled.Scaling:
         """Integers are symmetric unless a zero point or a given scale asks for the full two's complement range."""
         element = element_of(self.element)
         affine = self.zero != NoneAttr()

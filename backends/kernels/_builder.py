@@ -1,0 +1,176 @@
+"""Writes arith, math and vector operations on f32 and i32, scalar or vector; a scalar beside a vector is spread."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from xdsl.dialects import arith, math, vector
+from xdsl.dialects.builtin import (
+    DenseIntOrFPElementsAttr,
+    FloatAttr,
+    IntegerAttr,
+    IntegerType,
+    VectorType,
+    f32,
+    i32,
+)
+from xdsl.ir import Attribute, Block, Operation, SSAValue
+from xdsl.irdl import IRDLOperation
+
+Predicate = Literal["olt", "ogt", "oge", "une", "oeq"]
+
+PREDICATES: dict[int, Predicate] = {1: "oeq", 2: "ogt", 3: "oge", 4: "olt", 13: "une"}
+"""The predicates of arith.cmpf in use, by their numbers in MLIR."""
+
+_NUMBERS = {name: number for number, name in PREDICATES.items()}
+
+_SIGN = -(1 << 31)
+_MAGNITUDE = (1 << 31) - 1
+
+
+def is_vector(value: SSAValue) -> bool:
+    return isinstance(value.type, VectorType)
+
+
+class Builder:
+    """Appends to a block whose vectors have `lanes` lanes."""
+
+    def __init__(self, block: Block, lanes: int) -> None:
+        self.block, self.lanes = block, lanes
+
+    def integer(self, value: int) -> SSAValue:
+        """An i32 constant; bit patterns above 2^31 wrap."""
+        wrapped = value - (1 << 32) if value >= 1 << 31 else value
+        return self._add(arith.ConstantOp(IntegerAttr(wrapped, 32)))
+
+    def number(self, value: float) -> SSAValue:
+        """An f32 constant."""
+        return self._add(arith.ConstantOp(FloatAttr(value, 32)))
+
+    def bits(self, value: SSAValue) -> SSAValue:
+        """The bits of f32 as i32."""
+        return self._add(arith.BitcastOp(value, self._like(value, i32)))
+
+    def float(self, bits: SSAValue) -> SSAValue:
+        """The f32 with these bits."""
+        return self._add(arith.BitcastOp(bits, self._like(bits, f32)))
+
+    def spread(self, value: SSAValue) -> SSAValue:
+        """A scalar in every lane."""
+        owner = value.owner
+        if isinstance(owner, arith.ConstantOp):  # a constant vector is an operand of the instruction itself
+            assert isinstance(owner.value, FloatAttr | IntegerAttr)
+            kind: Any = VectorType(value.type, [self.lanes])
+            return self._add(arith.ConstantOp(DenseIntOrFPElementsAttr.from_list(kind, [owner.value.value.data])))
+        return self._add(vector.BroadcastOp(value, VectorType(value.type, [self.lanes])))
+
+    def add(self, a: SSAValue, b: SSAValue) -> SSAValue:
+        return self._binary(arith.AddiOp, arith.AddfOp, a, b)
+
+    def subtract(self, a: SSAValue, b: SSAValue) -> SSAValue:
+        return self._binary(arith.SubiOp, arith.SubfOp, a, b)
+
+    def multiply(self, a: SSAValue, b: SSAValue) -> SSAValue:
+        return self._binary(arith.MuliOp, arith.MulfOp, a, b)
+
+    def divide(self, a: SSAValue, b: SSAValue) -> SSAValue:
+        """a / b in f32, rounded to nearest even: never by a reciprocal."""
+        return self._binary(arith.DivfOp, arith.DivfOp, a, b)
+
+    def both(self, a: SSAValue, b: SSAValue) -> SSAValue:
+        """Bitwise and."""
+        return self._binary(arith.AndIOp, arith.AndIOp, a, b)
+
+    def either(self, a: SSAValue, b: SSAValue) -> SSAValue:
+        """Bitwise or."""
+        return self._binary(arith.OrIOp, arith.OrIOp, a, b)
+
+    def shifted_right(self, a: SSAValue, places: int) -> SSAValue:
+        """Bits moved towards the lowest, zeros behind them."""
+        return self._binary(arith.ShRUIOp, arith.ShRUIOp, a, self.integer(places))
+
+    def larger(self, a: SSAValue, b: SSAValue) -> SSAValue:
+        """The larger of two signed integers."""
+        return self._binary(arith.MaxSIOp, arith.MaxSIOp, a, b)
+
+    def smaller(self, a: SSAValue, b: SSAValue) -> SSAValue:
+        """The smaller of two signed integers."""
+        return self._binary(arith.MinSIOp, arith.MinSIOp, a, b)
+
+    def compare(self, predicate: Predicate, a: SSAValue, b: SSAValue) -> SSAValue:
+        """The comparison of two f32; NaN compares false but for `une`."""
+        a, b = self._alike(a, b)
+        kind = self._like(a, IntegerType(1))
+        # xDSL 0.74 builds and verifies arith.cmpf for scalars alone, so the vector form is made from its parts.
+        return self._add(
+            arith.CmpfOp.create(
+                operands=[a, b],
+                result_types=[kind],
+                properties={
+                    "predicate": IntegerAttr(_NUMBERS[predicate], 64),
+                    "fastmath": arith.FastMathFlagsAttr("none"),
+                },
+            )
+        )
+
+    def select(self, condition: SSAValue, a: SSAValue, b: SSAValue) -> SSAValue:
+        a, b = self._alike(a, b)
+        if is_vector(condition) and not is_vector(a):
+            a, b = self.spread(a), self.spread(b)
+        return self._add(arith.SelectOp.create(operands=[condition, a, b], result_types=[a.type]))
+
+    def clamp(self, value: SSAValue, low: SSAValue, high: SSAValue) -> SSAValue:
+        """`value` between the bounds; NaN stays NaN. Two instructions, since neither side is asked about NaN."""
+        value = self.select(self.compare("ogt", value, high), high, value)
+        return self.select(self.compare("olt", value, low), low, value)
+
+    def magnitude_bits(self, value: SSAValue) -> SSAValue:
+        """The bits of |value|: they order as the magnitudes do, infinity and then NaN above all."""
+        return self.both(self.bits(value), self.integer(_MAGNITUDE))
+
+    def magnitude(self, value: SSAValue) -> SSAValue:
+        return self.float(self.magnitude_bits(value))
+
+    def with_sign(self, magnitude: SSAValue, sign: SSAValue) -> SSAValue:
+        """A number that is not negative, with the sign of another."""
+        return self.float(self.either(self.bits(magnitude), self.both(self.bits(sign), self.integer(_SIGN))))
+
+    def round_even(self, value: SSAValue) -> SSAValue:
+        """To the nearest whole number, ties to even; zeros keep their sign."""
+        return self._add(math.RoundEvenOp.create(operands=[value], result_types=[value.type]))
+
+    def truncate(self, value: SSAValue) -> SSAValue:
+        """Towards zero to a whole number; zeros keep their sign."""
+        return self._add(math.TruncOp.create(operands=[value], result_types=[value.type]))
+
+    def largest(self, values: SSAValue) -> SSAValue:
+        """The largest lane of integers that are not negative."""
+        return self._add(
+            vector.ReductionOp.create(
+                operands=[values],
+                result_types=[i32],
+                properties={
+                    "kind": vector.CombiningKindAttr(vector.CombiningKindFlag("maxui")),
+                    "fastmath": arith.FastMathFlagsAttr("none"),
+                },
+            )
+        )
+
+    def _add(self, operation: Operation) -> SSAValue:
+        self.block.add_op(operation)
+        return operation.results[0]
+
+    def _binary(self, integers: type[IRDLOperation], floats: type[IRDLOperation], a: SSAValue, b: SSAValue) -> SSAValue:
+        a, b = self._alike(a, b)
+        element = a.type.element_type if isinstance(a.type, VectorType) else a.type
+        return self._add((floats if element == f32 else integers)(a, b))  # pyright: ignore[reportCallIssue]
+
+    def _alike(self, a: SSAValue, b: SSAValue) -> tuple[SSAValue, SSAValue]:
+        if is_vector(a) and not is_vector(b):
+            return a, self.spread(b)
+        if is_vector(b) and not is_vector(a):
+            return self.spread(a), b
+        return a, b
+
+    def _like(self, value: SSAValue, element: Attribute) -> Attribute:
+        return VectorType(element, [self.lanes]) if is_vector(value) else element

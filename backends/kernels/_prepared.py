@@ -1,0 +1,150 @@
+"""A tensor's rounding made ready: the kernel and its numbers, chosen once, then run on tensors of one shape."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ...dialects.formats._scale import tensor_scale
+from . import native
+from ._layout import LANES, Layout
+from .block_function import BlockFunction, block_function, magnitudes
+from .lowering import blocks_kernel, largest_kernel, rows_kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SERIAL_BELOW = 1 << 17
+"""Values under which one thread rounds faster than a team wakes up."""
+
+INFINITY_BITS = 0x7F800000
+
+
+class Prepared:
+    """Rounds tensors of one shape and dtype (f32, bf16, f16) by a native kernel."""
+
+    def __init__(self, layout: Layout, clip: float | None, dtype: Any, count: int) -> None:
+        import torch
+
+        self.layout, self.clip, self.dtype, self.count = layout, clip, dtype, count
+        numbers = layout.function
+        self.in_place = layout.tiling is None and dtype == torch.float32
+        self._rows = layout.kind == "rows"
+        self._kernel = _rows_kernel(numbers) if self._rows else _blocks_kernel(numbers)
+        self._simple = layout.kind in ("blocks", "rows") and not numbers.tensor_scale
+        self._length = layout.size + layout.padding if self._rows else numbers.lanes
+
+    def __call__(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """`x` rounded, into `out` where it is given; `out` may be `x`."""
+        import torch
+
+        if not (self.in_place and x.is_contiguous()):
+            return self._in_order(x, out)
+        at_hand = out is not None and out.dtype == torch.float32 and out.is_contiguous()
+        target = out if at_hand else torch.empty(x.shape)
+        assert target is not None
+        self._round(x, target, self.count)
+        return target if at_hand or out is None else out.copy_(target)
+
+    def _in_order(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """Bring the values into the order of the blocks, in f32; round; bring them back."""
+        import torch
+
+        layout = self.layout
+        source = x.float()
+        source = (source if layout.tiling is None else layout.tiling.stream(source)).contiguous()
+        if layout.padding:
+            source = torch.nn.functional.pad(source.reshape(-1, layout.size), (0, layout.padding))
+        target = torch.empty_like(source)
+        self._round(source, target, source.numel())
+        if layout.padding:
+            target = target[:, : layout.size]
+        if layout.tiling is not None:
+            target = layout.tiling.unstream(target.reshape(-1))
+        if self.dtype != torch.float32:
+            top = torch.finfo(self.dtype).max
+            target = target.clamp_(-top, top).to(self.dtype)
+        return target.contiguous() if out is None else out.copy_(target)
+
+    def _round(self, source: Tensor, target: Tensor, count: int) -> None:
+        threads = 1 if count < SERIAL_BELOW else _team_size()
+        if self._simple:
+            blocks = count // self._length
+            self._kernel(
+                source.data_ptr(), target.data_ptr(), blocks, length=self._length, threads=min(threads, blocks)
+            )
+            return
+        numbers = self.layout.function
+        over = self._tensor_scale(source, threads) if numbers.tensor_scale else 1.0
+        if self.layout.kind in ("blocks", "rows"):
+            blocks = count // self._length
+            self._kernel(
+                source.data_ptr(),
+                target.data_ptr(),
+                blocks,
+                over=over,
+                length=self._length,
+                threads=min(threads, blocks),
+            )
+            return
+        given = largest_bits(source, threads) if self.layout.kind == "whole" else 0
+        _pieces(self._kernel, source, target, given, threads)
+
+    def _tensor_scale(self, source: Tensor, threads: int) -> float:
+        """The scale over the block scales: from the largest magnitude, NaN left out, infinity the largest float."""
+        import torch
+
+        numbers, bits = self.layout.function, largest_bits(source, threads)
+        if bits > INFINITY_BITS:
+            largest = source.nan_to_num(nan=0.0).abs().amax()
+        else:
+            largest = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        largest = largest.clamp(max=torch.finfo(torch.float32).max)
+        if self.clip is not None:
+            largest = largest * self.clip
+        assert numbers.scale is not None
+        return tensor_scale(largest, numbers.element, numbers.scale).item()
+
+
+def largest_bits(x: Tensor, threads: int = 1) -> int:
+    """The bits of the largest magnitude in a contiguous f32 tensor: those of infinity and then of NaN above all."""
+    return _pieces(_largest_kernel(), x, None, 0, threads)
+
+
+def _pieces(kernel: native.Kernel, source: Tensor, target: Tensor | None, given: int, threads: int) -> int:
+    """Run a kernel that takes `LANES` values at once on any number of them: the rest in a piece filled with zeros."""
+    import torch
+
+    count = source.numel()
+    whole, rest = divmod(count, LANES)
+    written = 0 if target is None else target.data_ptr()
+    seen = kernel(source.data_ptr(), written, whole, given=given, threads=min(threads, whole)) if whole else 0
+    if rest:
+        piece = torch.zeros(LANES)
+        piece[:rest] = source.view(-1)[count - rest :]
+        seen = max(seen, kernel(piece.data_ptr(), piece.data_ptr(), 1, given=given))
+        if target is not None:
+            target.view(-1)[count - rest :] = piece[:rest]
+    return seen
+
+
+def _team_size() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+@lru_cache(maxsize=1024)
+def _blocks_kernel(numbers: BlockFunction) -> native.Kernel:
+    return native.Kernel(blocks_kernel(block_function(numbers), "kernel"), "kernel")
+
+
+@lru_cache(maxsize=1024)
+def _rows_kernel(numbers: BlockFunction) -> native.Kernel:
+    module = rows_kernel(block_function(numbers), magnitudes(numbers.lanes), "kernel")
+    return native.Kernel(module, "kernel")
+
+
+@lru_cache(maxsize=1)
+def _largest_kernel() -> native.Kernel:
+    return native.Kernel(largest_kernel(magnitudes(LANES), "kernel"), "kernel")

@@ -1,0 +1,213 @@
+"""Rounding of tensors by native kernels, and why it is not where torch's operations do the work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ...dialects import formats
+from ...dialects.arguments import came
+from ...dialects.errors import UsageError
+from ...dialects.formats import Rounding
+from ...dialects.mx import parse_type
+from ...dialects.numbers import laid_out
+from ...dialects.torch_operators import operator
+from ...dialects.torch_operators import register as operators
+from . import native
+from ._layout import layout_of
+from ._prepared import Prepared
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from xdsl.ir import Attribute, TypeAttribute
+
+    from ...dialects.instances import Instance
+
+_local = threading.local()
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Within this block, and in this thread, every tensor is rounded by the definitions in `dialects/formats`."""
+    before = getattr(_local, "reference", False)
+    _local.reference = True
+    try:
+        yield
+    finally:
+        _local.reference = before
+
+
+def switched_off() -> str | None:
+    """Why no tensor at all is rounded by kernels here and now."""
+    if getattr(_local, "reference", False):
+        return "only the reference is asked for"
+    return "MXLOOM_KERNELS is eager" if os.environ.get("MXLOOM_KERNELS") == "eager" else None
+
+
+def why_not(
+    fmt: Attribute, how: Rounding, dtype: Any, shape: tuple[int, ...] = (1, 1), device: str = "cpu"
+) -> str | None:
+    """Why such tensors are rounded into a format by torch's operations; None where a native kernel does it."""
+    if device != "cpu":
+        return f"no kernel for the device {device}"
+    found = switched_off() or prepare(fmt, how, shape, dtype)
+    return found if isinstance(found, str) else None
+
+
+@lru_cache(maxsize=4096)
+def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any) -> Prepared | str:
+    """What rounds CPU tensors of a shape and dtype, or why there is no kernel. Raises UsageError as rounding does."""
+    import torch
+
+    layout = layout_of(fmt, how, shape)
+    if isinstance(layout, str):
+        return layout
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no kernel for {dtype}"
+    if not prod(shape):
+        return "there is nothing to round"
+    return native.why_not() or Prepared(layout, how.clip, dtype, prod(shape))
+
+
+@lru_cache(maxsize=4096)
+def _prepare_text(
+    fmt: str, scale_rule: str | None, rounding: str, clip: float | None, seed: int, shape: Any, dtype: Any
+) -> Prepared | str:
+    return prepare(parse_type(fmt), Rounding(scale_rule, rounding, clip, seed), tuple(shape), dtype)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _prepare_named(
+    format: str,
+    scale_rule: str | None,
+    rounding: str,
+    dim: int,
+    clip: float | None,
+    seed: int,
+    shape: Any,
+    dtype: Any,
+) -> Prepared | str:
+    import torch
+
+    if not dtype.is_floating_point:
+        return f"{dtype} holds no floats"
+    how = Rounding(scale_rule, rounding, clip, seed)
+    return prepare(laid_out(format, torch.empty(shape, device="meta"), dim), how, tuple(shape), dtype)
+
+
+def quantize(
+    input: Tensor,
+    format: str,
+    scale_rule: str | None = None,
+    rounding: str = "rne",
+    clip: float | None = None,
+    seed: int = 0,
+    threshold: float | None = None,
+) -> Tensor:
+    """What `mxloom::quantize` does to a CPU tensor: the bits of `dialects.formats.quantize`, contiguous."""
+    if switched_off() is None and threshold is None:
+        prepared = _prepare_text(format, scale_rule, rounding, clip, seed, input.shape, input.dtype)
+        if isinstance(prepared, Prepared):
+            return prepared(input, None)
+    how = Rounding(scale_rule, rounding, clip, seed, threshold)
+    return formats.quantize(input, parse_type(format), how).contiguous()
+
+
+def fake_quantize(
+    x: Tensor,
+    format: str | TypeAttribute | Instance,
+    *,
+    scale_rule: str | None = None,
+    rounding: str = "rne",
+    dim: int = -1,
+    clip: float | None = None,
+    seed: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`x` rounded to the values that `format` can hold, in its own dtype and shape, in `out` or in memory of its own.
+
+    x: any float dtype and shape. format: a name (`mxloom.formats()` lists them), a type's text, a type, or one of
+    `formats()`. scale_rule: floor, ceil, even or rceil for power-of-two scales (None: the format's default); rounding:
+    rne, rna, rtz or stochastic (from `seed`); dim: the dimension along which blocks lie (formats without blocks, and
+    those with one scale for the tensor, round alike along any); clip: the part of the largest magnitude that the scale
+    is made for. out: a tensor of the shape, dtype and device of `x` that is written and returned; it may be `x`, and
+    takes no part in gradients. Raises UsageError for an unknown name, an argument of a wrong kind, or an option without
+    meaning for the format.
+
+    Where `x` requires a gradient, so does the result: rounding passes it straight through, saturated values included.
+    On a CPU a kernel made for the format does the work (`why_not` says where it does not); the bits are the same.
+    """
+    import torch
+
+    if out is not None:
+        _check_out(out, x)
+    if isinstance(format, str) and _is_plain(x) and switched_off() is None:
+        with suppress(TypeError):  # an argument of a wrong kind, for the checks below to name
+            prepared = _prepare_named(format, scale_rule, rounding, dim, clip, seed, x.shape, x.dtype)
+            if isinstance(prepared, Prepared) and (out is None or not _overlap(x, out)):
+                return prepared(x, out)
+    how = Rounding(scale_rule=scale_rule, rounding=rounding, clip=clip, seed=seed)
+    fmt = laid_out(format, x, dim)
+    if out is None and torch.is_grad_enabled() and x.requires_grad:
+        return operator("mxloom.quantize.default")(x, str(fmt), scale_rule, rounding, clip, seed)
+    return _round(x, fmt, how, out)
+
+
+def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        if _is_plain(x.detach()) and switched_off() is None:
+            prepared = prepare(fmt, how, tuple(x.shape), x.dtype)
+            if isinstance(prepared, Prepared):
+                if out is None or not _overlap(x, out):
+                    return prepared(x.detach(), out)
+                return out.copy_(prepared(x.detach(), None))
+        rounded = formats.quantize(x, fmt, how)
+        return rounded if out is None else out.copy_(rounded)
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether `x` is an ordinary CPU tensor that takes no part in gradients, whose memory a kernel may read."""
+    import torch
+
+    return (
+        type(x) is torch.Tensor and x.is_cpu and not x.requires_grad and x.layout == torch.strided and not x.is_nested
+    )
+
+
+def _check_out(out: Any, x: Tensor) -> None:
+    import torch
+
+    if not isinstance(x, torch.Tensor):
+        raise UsageError(f"x is a torch tensor, got {came(x)}: make a tensor of it first")
+    if not isinstance(out, torch.Tensor):
+        raise UsageError(f"out is a torch tensor, got {came(out)}: leave it out for a new one")
+    if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+        found, asked = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (out, x))
+        raise UsageError(f"out is {found}, but x is {asked}: make it with torch.empty_like(x)")
+    if out.requires_grad:
+        raise UsageError("out requires a gradient, which a tensor that is overwritten cannot have: use out.detach()")
+
+
+def _overlap(x: Tensor, out: Tensor) -> bool:
+    """Whether the two share memory other than place for place."""
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        return False
+    return x.data_ptr() != out.data_ptr() or x.stride() != out.stride()
+
+
+@cache
+def register() -> object:
+    """Give `mxloom::quantize` its kernels on the CPU, once; returns what keeps them alive."""
+    import torch
+
+    operators()
+    library = torch.library.Library("mxloom", "IMPL")
+    library.impl("quantize", quantize, "CPU")
+    return library

@@ -1,0 +1,253 @@
+"""From `@q` to a native function: the loop over blocks, and arith, math and vector in the llvm dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from xdsl.dialects import arith, llvm, math, vector
+from xdsl.dialects.builtin import (
+    DenseArrayBase,
+    DenseIntOrFPElementsAttr,
+    IntegerAttr,
+    ModuleOp,
+    VectorType,
+    f32,
+    i32,
+    i64,
+)
+from xdsl.dialects.func import FuncOp, ReturnOp
+from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
+
+from ...dialects.errors import MxloomError
+from ._builder import PREDICATES
+
+_SAME: dict[type[Operation], type[Operation]] = {
+    arith.AddiOp: llvm.AddOp,
+    arith.SubiOp: llvm.SubOp,
+    arith.MuliOp: llvm.MulOp,
+    arith.AndIOp: llvm.AndOp,
+    arith.OrIOp: llvm.OrOp,
+    arith.ShRUIOp: llvm.LShrOp,
+    arith.AddfOp: llvm.FAddOp,
+    arith.SubfOp: llvm.FSubOp,
+    arith.MulfOp: llvm.FMulOp,
+    arith.DivfOp: llvm.FDivOp,
+}
+
+_INTRINSICS: dict[type[Operation], str] = {
+    arith.MaxSIOp: "llvm.smax",
+    arith.MinSIOp: "llvm.smin",
+    math.RoundEvenOp: "llvm.roundeven",
+    math.TruncOp: "llvm.trunc",
+    vector.ReductionOp: "llvm.vector.reduce.umax",
+}
+
+POINTER = llvm.LLVMPointerType()
+
+
+class Writer:
+    """Appends llvm operations to the end of the block it stands in."""
+
+    def __init__(self, region: Region, block: Block) -> None:
+        self.region, self.block = region, block
+
+    def add(self, operation: Operation) -> SSAValue:
+        self.block.add_op(operation)
+        return operation.results[0]
+
+    def constant(self, value: int, kind: Attribute = i64) -> SSAValue:
+        return self.add(llvm.ConstantOp(IntegerAttr(value, kind), kind))  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def at(self, pointer: SSAValue, index: SSAValue, kind: Attribute = f32) -> SSAValue:
+        """The address of an element."""
+        return self.add(llvm.GEPOp.from_mixed_indices(pointer, [index], kind))
+
+    def load(self, pointer: SSAValue, kind: Attribute) -> SSAValue:
+        load = llvm.LoadOp(pointer, kind)
+        load.properties["alignment"] = IntegerAttr(4, 64)
+        return self.add(load)
+
+    def store(self, value: SSAValue, pointer: SSAValue) -> None:
+        store = llvm.StoreOp(value, pointer)
+        store.properties["alignment"] = IntegerAttr(4, 64)
+        self.block.add_op(store)
+
+    def intrinsic(self, name: str, arguments: Sequence[SSAValue], result: Attribute) -> SSAValue:
+        return self.add(llvm.CallIntrinsicOp(f"{name}.{_suffix(arguments[0].type)}", list(arguments), [result]))
+
+    def loop(
+        self,
+        first: SSAValue,
+        end: SSAValue,
+        step: int,
+        carried: Sequence[SSAValue],
+        body: Callable[[SSAValue, Sequence[SSAValue]], Sequence[SSAValue]],
+    ) -> Sequence[SSAValue]:
+        """`for (i = first; i < end; i += step) carried = body(i, carried)`; the values at its end. Goes on there."""
+        kinds = [value.type for value in carried]
+        head, inside, behind = Block(arg_types=[i64, *kinds]), Block(), Block()
+        self._jump(head, [first, *carried])
+        self.region.add_block([head, inside, behind])
+        self.block = head
+        index, *values = head.args
+        more = self.add(llvm.ICmpOp(index, end, IntegerAttr(2, 64)))
+        self.block.add_op(llvm.CondBrOp(more, inside, [], behind, []))
+        self.block = inside
+        after = body(index, values)
+        advanced = self.add(llvm.AddOp(index, self.constant(step)))
+        self._jump(head, [advanced, *after])
+        self.block = behind
+        return values
+
+    def inline(self, function: FuncOp, arguments: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        """The body of an arith function with these arguments, in llvm; what it returns."""
+        known: dict[SSAValue, SSAValue] = dict(zip(function.body.block.args, arguments, strict=True))
+        for op in function.body.block.ops:
+            operands = [known[operand] for operand in op.operands]
+            if isinstance(op, ReturnOp):
+                return operands
+            known[op.results[0]] = self._lowered(op, operands)
+        raise MxloomError("the block function returns nothing; this is a fault of mxloom")
+
+    def _lowered(self, op: Operation, operands: Sequence[SSAValue]) -> SSAValue:
+        kind = op.results[0].type
+        same = _SAME.get(type(op))
+        if same is not None:
+            return self.add(same(*operands))
+        if type(op) in _INTRINSICS:
+            return self.intrinsic(_INTRINSICS[type(op)], operands, kind)
+        match op:
+            case arith.ConstantOp():
+                return self.add(llvm.ConstantOp(_listed(op.value), kind))
+            case arith.BitcastOp():
+                return self.add(llvm.BitcastOp(operands[0], kind))
+            case vector.BroadcastOp():
+                return self._spread(operands[0], kind)
+            case arith.CmpfOp():
+                predicate = PREDICATES[op.predicate.value.data]
+                return self.add(llvm.FCmpOp(operands[0], operands[1], predicate))
+            case arith.SelectOp():
+                return self.add(llvm.SelectOp(*operands))
+        raise MxloomError(f"{op.name} has no form in the llvm dialect; this is a fault of mxloom")
+
+    def _spread(self, value: SSAValue, kind: Attribute) -> SSAValue:
+        assert isinstance(kind, VectorType)
+        undefined = self.add(llvm.UndefOp(kind))
+        first = self.add(llvm.InsertElementOp(undefined, value, self.constant(0, i32)))
+        mask = DenseArrayBase.from_list(i32, [0] * kind.get_shape()[0])
+        return self.add(
+            llvm.ShuffleVectorOp.create(operands=[first, undefined], result_types=[kind], properties={"mask": mask})
+        )
+
+    def _jump(self, target: Block, arguments: Sequence[SSAValue]) -> None:
+        self.block.add_op(llvm.BrOp.create(operands=list(arguments), successors=[target]))
+
+
+_ARGUMENTS = (POINTER, POINTER, i64, i64, i32, f32, i64)
+"""source, target, first and end of the blocks, bits of the largest magnitude, scale of the tensor, length of a row."""
+
+
+def blocks_kernel(function: FuncOp, name: str) -> ModuleOp:
+    """`i32 name(source, target, first, end, given, over, length)`: `@q` on the blocks [first, end) of contiguous f32.
+
+    Yields the bits of the largest magnitude that `@q` saw. `given` and `over` are what `@q` takes beside its values;
+    `length` is not read: every kernel has the same arguments.
+    """
+    values = _vector(function)
+    lanes = values.get_shape()[0]
+    writer, (source, target, first, end, given, over, _) = _start()
+
+    def body(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        offset = writer.add(llvm.MulOp(index, writer.constant(lanes)))
+        loaded = writer.load(writer.at(source, offset), values)
+        rounded, largest = writer.inline(function, [loaded, given, over])
+        writer.store(rounded, writer.at(target, offset))
+        return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
+
+    (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], body)
+    return _finish(writer, name, largest)
+
+
+def rows_kernel(function: FuncOp, magnitudes: FuncOp, name: str) -> ModuleOp:
+    """The same arguments: each row of `length` values is one block, read for its largest magnitude, then rounded.
+
+    `length` is a multiple of the lanes of both functions.
+    """
+    values = _vector(function)
+    lanes = values.get_shape()[0]
+    writer, (source, target, first, end, _, over, length) = _start()
+
+    def row(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        start = writer.add(llvm.MulOp(index, length))
+        behind = writer.add(llvm.AddOp(start, length))
+        largest = _largest(writer, magnitudes, source, start, behind)
+
+        def rounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            loaded = writer.load(writer.at(source, at), values)
+            result, _ = writer.inline(function, [loaded, largest, over])
+            writer.store(result, writer.at(target, at))
+            return []
+
+        writer.loop(start, behind, lanes, [], rounded)
+        return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
+
+    (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], row)
+    return _finish(writer, name, largest)
+
+
+def largest_kernel(magnitudes: FuncOp, name: str) -> ModuleOp:
+    """The same arguments: the bits of the largest magnitude in the blocks [first, end); nothing is written."""
+    writer, (source, _, first, end, *_) = _start()
+    lanes = writer.constant(_vector(magnitudes).get_shape()[0])
+    start, behind = (writer.add(llvm.MulOp(bound, lanes)) for bound in (first, end))
+    return _finish(writer, name, _largest(writer, magnitudes, source, start, behind))
+
+
+def _largest(writer: Writer, magnitudes: FuncOp, source: SSAValue, start: SSAValue, end: SSAValue) -> SSAValue:
+    values = _vector(magnitudes)
+    lanes = values.get_shape()[0]
+
+    def measure(at: SSAValue, seen: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, at), values)])
+        return [writer.intrinsic("llvm.umax", [seen[0], own], seen[0].type)]
+
+    zeros = writer.add(llvm.ConstantOp(_zeros(lanes), VectorType(i32, [lanes])))
+    (seen,) = writer.loop(start, end, lanes, [zeros], measure)
+    return writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)
+
+
+def _start() -> tuple[Writer, Sequence[SSAValue]]:
+    entry = Block(arg_types=_ARGUMENTS)
+    return Writer(Region(entry), entry), entry.args
+
+
+def _finish(writer: Writer, name: str, result: SSAValue) -> ModuleOp:
+    writer.block.add_op(llvm.ReturnOp(result))
+    kind = llvm.LLVMFunctionType(_ARGUMENTS, result.type)
+    return ModuleOp([llvm.FuncOp(name, kind, linkage=llvm.LinkageAttr("external"), body=writer.region)])
+
+
+def _vector(function: FuncOp) -> VectorType:
+    values = function.function_type.inputs.data[0]
+    assert isinstance(values, VectorType)
+    return values
+
+
+def _zeros(lanes: int) -> DenseIntOrFPElementsAttr:
+    return DenseIntOrFPElementsAttr.from_list(VectorType(i32, [lanes]), [0] * lanes)
+
+
+def _listed(value: Attribute) -> Attribute:
+    """A splat with every lane written out, as xDSL's converter wants it."""
+    if isinstance(value, DenseIntOrFPElementsAttr):
+        lanes = value.type.get_shape()[0]
+        values = list(value.get_values())
+        return DenseIntOrFPElementsAttr.from_list(value.type, values * (lanes // len(values)))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return value
+
+
+def _suffix(kind: Attribute) -> str:
+    """A type as the name of an intrinsic spells it."""
+    if isinstance(kind, VectorType):
+        return f"v{kind.get_shape()[0]}{_suffix(kind.element_type)}"
+    return str(kind)
