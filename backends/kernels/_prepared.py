@@ -136,15 +136,16 @@ def _team_size() -> int:
 
 @lru_cache(maxsize=1024)
 def _blocks_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(blocks_kernel(block_function(numbers), "kernel"), "kernel")
+    return native.Kernel(f"blocks {numbers}", lambda: blocks_kernel(block_function(numbers), "kernel"))
 
 
 @lru_cache(maxsize=1024)
 def _rows_kernel(numbers: BlockFunction) -> native.Kernel:
-    module = rows_kernel(block_function(numbers), magnitudes(numbers.lanes), "kernel")
-    return native.Kernel(module, "kernel")
+    return native.Kernel(
+        f"rows {numbers}", lambda: rows_kernel(block_function(numbers), magnitudes(numbers.lanes), "kernel")
+    )
 
 
 @lru_cache(maxsize=1)
 def _largest_kernel() -> native.Kernel:
-    return native.Kernel(largest_kernel(magnitudes(LANES), "kernel"), "kernel")
+    return native.Kernel(f"largest {LANES}", lambda: largest_kernel(magnitudes(LANES), "kernel"))

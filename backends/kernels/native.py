@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import threading
+from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +15,6 @@ from . import object_cache
 
 if TYPE_CHECKING:
     from xdsl.dialects.builtin import ModuleOp
-
-ABI = "1"
-"""Changes with the arguments of the kernels, so that kept code of another mxloom is not called."""
 
 _LOCK = threading.Lock()
 
@@ -44,8 +44,8 @@ def features() -> frozenset[str]:
     return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
 
 
-@cache
 def _machine() -> Any:
+    """A new one for each engine: an engine owns its machine, and frees it when it goes."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -72,12 +72,10 @@ def llvm_text(module: ModuleOp) -> str:
 class Kernel:
     """A native function `i32 (source, target, first, end, given, over, length)` on blocks of contiguous f32."""
 
-    def __init__(self, module: ModuleOp, name: str) -> None:
-        self._engine, self.from_cache = _compiled(
-            llvm_text(module) + (TASK.replace("@kernel", f"@{name}") if _team() else "")
-        )
-        self.address = self._engine.get_function_address(name)
-        self._function = _PROTOTYPE(self.address)
+    def __init__(self, identity: str, make: Callable[[], ModuleOp]) -> None:
+        """A kernel whose code `make()` describes as its function `kernel`; `identity` tells it from all others."""
+        self._engine, self.from_cache = _compiled(identity, make)
+        self._function = _PROTOTYPE(self._engine.get_function_address("kernel"))
         self._task = self._engine.get_function_address("task") if _team() else 0
 
     def __call__(
@@ -100,24 +98,36 @@ class Kernel:
         return max(seen)
 
 
-def _compiled(text: str) -> tuple[Any, bool]:
-    """An engine that holds the functions of LLVM IR, and whether the code came from the cache."""
+def _compiled(identity: str, make: Callable[[], ModuleOp]) -> tuple[Any, bool]:
+    """An engine that holds the functions of a kernel, and whether their code came from the cache.
+
+    Its name in the cache comes from what decides about the code, so that a kept kernel is found without its IR.
+    """
     import llvmlite
     import llvmlite.binding as llvm
 
     with _LOCK:
-        machine = _machine()
-        name = object_cache.key(text, llvm.get_host_cpu_name(), _feature_string(), llvmlite.__version__, ABI)
+        processor = (llvm.get_process_triple(), llvm.get_host_cpu_name(), _feature_string())
+        versions = (_sources(), version("xdsl"), llvmlite.__version__, ".".join(map(str, llvm.llvm_version_info)))
+        name = object_cache.key(identity, "team" if _team() else "serial", *processor, *versions)
         kept = object_cache.read(name)
-        module = llvm.parse_assembly("" if kept else text)
-        engine = llvm.create_mcjit_compiler(module, machine)
-        if kept:
-            engine.add_object_file(llvm.ObjectFileRef.from_data(kept))
-        else:
-            code = machine.emit_object(module)
+        code = kept
+        if code is None:
+            text = llvm_text(make()) + (TASK if _team() else "")
+            code = _machine().emit_object(llvm.parse_assembly(text))
             object_cache.write(name, code)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         return engine, kept is not None
+
+
+@cache
+def _sources() -> str:
+    """A digest of the code that kernels and the numbers of formats come from: changed code makes other kernels."""
+    here = Path(__file__).parent
+    files = sorted(here.glob("*.py")) + sorted((here.parents[1] / "dialects" / "formats").glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 _PROTOTYPE = ctypes.CFUNCTYPE(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -34,11 +35,21 @@ def read(name: str) -> bytes | None:
     if place is None:
         return None
     try:
+        if not _is_ours(place):
+            return None
         content = (place / name).read_bytes()
     except OSError:
         return None
     digest, code = content[:_DIGEST], content[_DIGEST:]
     return code if code and hashlib.sha256(code).digest() == digest else None
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether nobody else can write into the folder: what lies there is run. Windows keeps homes apart."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = place.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def write(name: str, code: bytes) -> None:
