@@ -35,8 +35,14 @@ class ClassifierEvaluation:
 
 
 def evaluate_classifier(model: Any, images: Iterable[Tensor], against: Any) -> ClassifierEvaluation:
-    """Run both models on each image [channels, height, width] alone. UsageError without images."""
+    """Run both models on each image [channels, height, width] alone.
+
+    UsageError without images, or where a model is for something else.
+    """
     candidate, reference = evaluated(model), evaluated(against)
+    for each in (candidate, reference):
+        if each.task not in ("image-classification", "module"):
+            raise UsageError(f"{each.name} is a {each.kind}, a model for {each.task}, not for image-classification.")
     agreements = [
         bool((_logits(candidate, image).argmax(-1) == _logits(reference, image).argmax(-1)).all()) for image in images
     ]

@@ -59,6 +59,7 @@ def compile(
     source = model if isinstance(model, ModelSource) else open_model(model, example=example)
     if dynamic is not None:
         source.set_dynamic(dynamic)
+    reference = _reference(source, chosen)
     module = import_source(source, tell).clone()
     pipeline = chosen.pipeline() if chosen else ""
     run_pipeline(module, source.weights, pipeline, chosen, tell)
@@ -71,22 +72,33 @@ def compile(
         provenance=provenance(source, pipeline),
     )
     if chosen and chosen.evaluate:
-        compiled.evaluation = _evaluated(compiled, chosen)
+        compiled.evaluation = _evaluated(compiled, chosen, reference)
         tell("evaluate", str(compiled.evaluation).replace("\n", "; "))
     return compiled
 
 
-def _evaluated(compiled: Compiled, recipe: Recipe) -> Any:
+def _reference(source: ModelSource, recipe: Recipe | None) -> Any:
+    """What the recipe's `evaluate` compares with, opened; what cannot be measured so is told before the work."""
+    from .evaluated import evaluated
+    from .evaluation import check_measurable
+
+    if recipe is None or recipe.evaluate is None:
+        return None
+    wanted, reference = recipe.evaluate, None
+    if wanted.against is not None:
+        reference = evaluated(source if wanted.against == "float" else _folder(recipe) / wanted.against)
+    check_measurable(evaluated(source), reference, wanted.context)
+    return reference
+
+
+def _evaluated(compiled: Compiled, recipe: Recipe, reference: Any) -> Any:
     """What the recipe's `evaluate` asks for; its paths are found from the recipe's folder."""
     from .evaluation import evaluate
 
     wanted = recipe.evaluate
     assert wanted is not None
-    folder = _folder(recipe)
-    against: Any = None
-    if wanted.against is not None:
-        against = compiled.source if wanted.against == "float" else folder / wanted.against
-    return evaluate(compiled, folder / wanted.text, context=wanted.context, limit=wanted.limit, against=against)
+    text = _folder(recipe) / wanted.text
+    return evaluate(compiled, text, context=wanted.context, limit=wanted.limit, against=reference)
 
 
 def _folder(recipe: Recipe) -> Path:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends.checkpoint_files import read_json
 from ..dialects.errors import MxloomError, UsageError
-from .evaluated import Evaluated, evaluated
+from .evaluated import Evaluated, check_vocabulary, evaluated
+from .protocol import check_tokenizers, check_vocabularies
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,10 @@ def evaluate_embeddings(
     candidate, reference = evaluated(model), evaluated(against)
     if not sentences:
         raise UsageError("no sentences to embed: give one a line.")
-    tokenizer = tokenizer or candidate.tokenizer()
+    check_vocabularies(candidate, reference)
+    if tokenizer is None:
+        tokenizer = candidate.tokenizer()
+        check_tokenizers(candidate, reference, sentences)
     pooling = _pooling(candidate)
     own = _embed(candidate, sentences, tokenizer, pooling)
     other = _embed(reference, sentences, tokenizer, pooling)
@@ -74,6 +78,18 @@ def evaluate_embeddings(
     return EmbeddingEvaluation(
         reference.name, len(sentences), cosine.mean().item(), least, spearman, neighbours, protocol
     )
+
+
+def check_embeddings(candidate: Evaluated, reference: Evaluated | None) -> Evaluated:
+    """The reference of an embedding model. UsageError where there is none, or one for something else."""
+    if reference is None:
+        raise UsageError(f"{candidate.name}: an embedding model is measured against another: give the float model.")
+    if reference.task not in ("embedding", "module"):
+        raise UsageError(
+            f"{candidate.name} is an embedding model, {reference.name} a {reference.kind}, a model for "
+            f"{reference.task}: give an embedding model as the reference."
+        )
+    return reference
 
 
 def _pooling(model: Evaluated) -> str:
@@ -99,6 +115,7 @@ def _embed(model: Evaluated, sentences: Sequence[str], tokenizer: Any, pooling: 
     rows = []
     for sentence in sentences:
         inputs = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=model.positions)
+        check_vocabulary(model.name, model.vocabulary, max(inputs["input_ids"].flatten().tolist(), default=0))
         hidden = model.output(
             "last_hidden_state", input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
         )[0].double()

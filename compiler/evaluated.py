@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,11 @@ _DTYPES = {"torch.float32": "f32", "torch.bfloat16": "bf16", "torch.float16": "f
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model as evaluation sees it: called with inputs by name, it yields its outputs by name or in order."""
+    """A model as evaluation sees it: called with inputs by name, it yields its outputs by name or in order.
+
+    `kind` is the class of the model; `is_causal` says whether it may be a causal language model: what is no model of
+    transformers may be one until its outputs show that it is none.
+    """
 
     name: str
     task: str
@@ -32,10 +37,30 @@ class Evaluated:
     call: Callable[..., Any]
     source: ModelSource | None
     config: Any = None
+    kind: str = ""
+    is_causal: bool = True
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens that the model knows, where its configuration states it."""
+        config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        size = getattr(config, "vocab_size", None)
+        return size if isinstance(size, int) else None
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [sequence, vocabulary] for tokens [sequence], run alone, so that nothing is padding."""
-        return self.output("logits", input_ids=tokens[None])[0]
+        """Logits [sequence, vocabulary] for tokens [sequence], run alone, so that nothing is padding.
+
+        UsageError where the model yields something else, MxloomError for a token beyond the vocabulary.
+        """
+        logits = self.output("logits", input_ids=tokens[None])
+        shape = tuple(getattr(logits, "shape", ()))
+        if len(shape) != 3 or shape[:2] != (1, len(tokens)):
+            raise UsageError(
+                f"{self.name} ({self.kind}) yields {list(shape)} for {len(tokens)} tokens, where a causal language "
+                f"model yields logits [1, {len(tokens)}, vocabulary]; it is none."
+            )
+        check_vocabulary(self.name, shape[-1], int(tokens.max()))
+        return logits[0]
 
     def output(self, name: str, **inputs: Tensor) -> Tensor:
         """The output `name`, or the first one where outputs have no such name."""
@@ -55,6 +80,15 @@ class Evaluated:
         if self.source is None:
             raise UsageError(f"{self.name}: a model in memory has no tokenizer; give tokenizer=.")
         return self.source.tokenizer()
+
+
+def check_vocabulary(name: str, vocabulary: int | None, token: int) -> None:
+    """MxloomError where the model has no such token."""
+    if vocabulary is not None and token >= vocabulary:
+        raise MxloomError(
+            f"{name}: the text has token {token}, but the model's vocabulary is {vocabulary}: the tokenizer belongs to "
+            "another model."
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +115,7 @@ def remembered(model: Any, *, room: int = 2 << 30) -> Evaluated:
 
 
 def evaluated(model: Any) -> Evaluated:
-    """`model` made ready: a path is opened (an artefact or a model as it came), a source loaded in f32."""
+    """`model` made ready: a path is opened (an artefact or a model as it came), a source loaded once it is run."""
     from torch import nn
 
     from .compiled import Compiled
@@ -93,7 +127,7 @@ def evaluated(model: Any) -> Evaluated:
     if isinstance(model, Compiled):
         return _compiled(model)
     if isinstance(model, ModelSource):
-        return _module(model.loaded(), model)
+        return _source(model)
     if isinstance(model, nn.Module):
         return _module(model, None)
     raise UsageError(f"a {type(model).__name__} cannot be evaluated: give a compiled model, a model, or a path.")
@@ -106,8 +140,29 @@ def _opened(path: Path) -> Compiled | ModelSource:
 
 
 def _compiled(compiled: Compiled) -> Evaluated:
-    source = compiled.source
-    return Evaluated(source.name, source.task, "f32", positions(source.config), compiled, source, source.config)
+    return _of_source(compiled.source, compiled)
+
+
+def _source(source: ModelSource) -> Evaluated:
+    """A source whose weights are read when it is first run: what is wrong with its kind is told before that."""
+    if not any(tensor.is_meta for tensor in source.model.state_dict().values()):
+        return _module(source.model, source)
+    loaded = cache(source.loaded)
+    return _of_source(source, lambda **inputs: _call(loaded(), inputs))
+
+
+def _of_source(source: ModelSource, call: Callable[..., Any]) -> Evaluated:
+    return Evaluated(
+        name=source.name,
+        task=source.task,
+        dtype="f32",
+        positions=positions(source.config),
+        call=call,
+        source=source,
+        config=source.config,
+        kind=type(source.model).__name__,
+        is_causal=_is_causal(source.model, source.task),
+    )
 
 
 def _module(model: nn.Module, source: ModelSource | None) -> Evaluated:
@@ -115,19 +170,33 @@ def _module(model: nn.Module, source: ModelSource | None) -> Evaluated:
     first = next(model.parameters(), None)
     if first is not None and first.is_meta:
         raise MxloomError(f"{type(model).__name__}: its weights are on the meta device; there is nothing to run.")
-    dtype = "f32" if first is None else _DTYPES.get(str(first.dtype), str(first.dtype))
-    name = type(model).__name__ if source is None else source.name
+    kind = type(model).__name__
     task = task_of(model, None) if source is None else source.task
+    return Evaluated(
+        name=kind if source is None else source.name,
+        task=task,
+        dtype="f32" if first is None else _DTYPES.get(str(first.dtype), str(first.dtype)),
+        positions=positions(config),
+        call=lambda **inputs: _call(model, inputs),
+        source=source,
+        config=config,
+        kind=kind,
+        is_causal=_is_causal(model, task),
+    )
 
-    def call(**inputs: Tensor) -> Any:
-        if hasattr(config, "use_cache"):
-            return _call(model, {**inputs, "use_cache": False})
-        return _call(model, inputs)
 
-    return Evaluated(name, task, dtype, positions(config), call, source, config)
+def _is_causal(model: nn.Module, task: str) -> bool:
+    """By the task; a model of transformers that is for nothing known must generate text, from text, with no encoder."""
+    generates: Any = getattr(model, "can_generate", None)
+    if task != "module" or generates is None:
+        return task in ("causal-lm", "module")
+    has_encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(generates()) and not has_encoder and getattr(model, "main_input_name", "") == "input_ids"
 
 
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        inputs = {**inputs, "use_cache": False}
     with _evaluating(model):
         return model(**inputs)
 

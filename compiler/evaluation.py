@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..dialects.errors import MxloomError, UsageError
+from ..dialects.errors import MxloomError
 from .classifier_evaluation import ClassifierEvaluation as ClassifierEvaluation
 from .classifier_evaluation import evaluate_classifier as evaluate_classifier
 from .embedding_evaluation import EmbeddingEvaluation as EmbeddingEvaluation
+from .embedding_evaluation import check_embeddings
 from .embedding_evaluation import evaluate_embeddings as evaluate_embeddings
 from .evaluated import Evaluated, evaluated
-from .protocol import Protocol, check_settings, read_text, windows_of
+from .protocol import Protocol, check_models, check_settings, read_text, windows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,27 +116,35 @@ def evaluate(
     window stands alone, without a beginning-of-sequence token, and predicts `context` - 1 tokens.
 
     An embedding model takes the lines of the text as sentences, at most `limit`, and needs `against`:
-    `EmbeddingEvaluation`. Raises UsageError for an argument of a wrong kind, MxloomError for a text shorter than a
-    window and for logits that are NaN.
+    `EmbeddingEvaluation`. Raises UsageError for an argument of a wrong kind and for a model that is no causal language
+    model, MxloomError for a text shorter than a window, for models of different vocabularies or tokenizers, and for
+    logits that are NaN; whatever can be told before a model is run, is.
     """
     check_settings(text, context, limit, characters, tokenizer)
     candidate = evaluated(model)
     reference = None if against is None else evaluated(against)
     if candidate.task == "embedding":
         return _embeddings(candidate, reference, read_text(text)[0][:characters], limit, tokenizer)
-    windows, protocol = windows_of(candidate, text, context, limit, characters, tokenizer)
+    windows, protocol = windows_of(candidate, text, context, limit, characters, tokenizer, reference)
     if reference is None:
         return _evaluation([_likelihoods(candidate, window) for window in windows], protocol)
     return _compared(candidate, reference, windows, protocol)
 
 
+def check_measurable(candidate: Evaluated, reference: Evaluated | None, context: int) -> None:
+    """Raise what `evaluate` would raise for the models themselves, before they are run."""
+    if candidate.task == "embedding":
+        check_embeddings(candidate, reference)
+    else:
+        check_models(candidate, reference, context)
+    candidate.tokenizer()
+
+
 def _embeddings(
     candidate: Evaluated, reference: Evaluated | None, text: str, limit: int | None, tokenizer: Any
 ) -> EmbeddingEvaluation:
-    if reference is None:
-        raise UsageError(f"{candidate.name}: an embedding model is measured against another: give the float model.")
     sentences = [line.strip() for line in text.splitlines() if line.strip()][:limit]
-    return evaluate_embeddings(candidate, sentences, reference, tokenizer=tokenizer)
+    return evaluate_embeddings(candidate, sentences, check_embeddings(candidate, reference), tokenizer=tokenizer)
 
 
 def _likelihoods(model: Evaluated, window: Tensor) -> float:

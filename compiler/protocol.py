@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ..dialects.arguments import came, whole_number
 from ..dialects.errors import MxloomError, UsageError
 from ._quiet import quiet_transformers
+from .evaluated import Evaluated, check_vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from .evaluated import Evaluated
 
 
 @dataclass(frozen=True)
@@ -49,23 +48,35 @@ def windows_of(
     limit: int | None,
     characters: int | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    reference: Evaluated | None = None,
 ) -> tuple[Sequence[Tensor], Protocol]:
-    """Windows of token numbers [context], one after the other in the text, and the protocol they make."""
+    """Windows of token numbers [context], one after the other in the text, and the protocol they make.
+
+    Neither model is run; raises UsageError or MxloomError for what could not be measured, or not compared.
+    """
     import torch
 
-    _check_model(model, context)
+    check_models(model, reference, context)
     content, name, digest = read_text(text)
     content = content[:characters]
-    with quiet_transformers():
-        tokens: Any = (tokenizer or model.tokenizer())(content, add_special_tokens=False)["input_ids"]
+    tokens = tokenized(tokenizer or model.tokenizer(), content)
     count = len(tokens) // context if limit is None else min(limit, len(tokens) // context)
     if count == 0:
         raise MxloomError(
             f"{name}: {grouped(len(tokens))} tokens, but one window takes {grouped(context)}: "
             "take a longer text or a smaller context."
         )
+    if reference is not None and tokenizer is None:
+        check_tokenizers(model, reference, [content])
+    check_vocabulary(model.name, model.vocabulary, max(tokens[: count * context]))
     windows = torch.tensor(tokens[: count * context]).reshape(count, context)
     return windows.unbind(), Protocol(name, digest, characters, count, context, model.dtype, _exceeded(model, context))
+
+
+def tokenized(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, without special ones."""
+    with quiet_transformers():
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _exceeded(model: Evaluated, context: int) -> int | None:
@@ -87,9 +98,48 @@ def check_settings(text: Any, context: Any, limit: Any, characters: Any, tokeniz
         raise UsageError(f"tokenizer is a loaded tokenizer, such as transformers has, got {came(tokenizer)}")
 
 
+def check_models(model: Evaluated, reference: Evaluated | None, context: int) -> None:
+    """Raise where a model is no causal language model, cannot take `context` tokens, or is not like the reference."""
+    for each in (model,) if reference is None else (model, reference):
+        _check_model(each, context)
+    if reference is not None:
+        check_vocabularies(model, reference)
+
+
+def check_vocabularies(model: Evaluated, reference: Evaluated) -> None:
+    """MxloomError where both models state the size of their vocabulary, and not the same one."""
+    own, other = model.vocabulary, reference.vocabulary
+    if own is not None and other is not None and own != other:
+        raise MxloomError(
+            f"{model.name} has a vocabulary of {own} tokens, {reference.name} one of {other}: models of different "
+            "vocabularies cannot be compared."
+        )
+
+
+def check_tokenizers(model: Evaluated, reference: Evaluated, texts: Sequence[str]) -> None:
+    """MxloomError where both models have a tokenizer, and they do not make the same tokens of the texts."""
+    if model.source is None or reference.source is None or model.source.files == reference.source.files:
+        return
+    try:
+        tokenizers = model.tokenizer(), reference.tokenizer()
+    except MxloomError:  # one of them has none
+        return
+    for text in texts:
+        own, other = (tokenized(tokenizer, text) for tokenizer in tokenizers)
+        if own != other:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(map(len, (own, other)))
+            )
+            raise MxloomError(
+                f"{model.name} and {reference.name} have different tokenizers: of this text they make {len(own)} and "
+                f"{len(other)} tokens, which differ from number {place} on. Models are compared on the same tokens."
+            )
+
+
 def _check_model(model: Evaluated, context: int) -> None:
-    if model.task not in ("causal-lm", "module"):
-        raise UsageError(f"{model.name} is a model for {model.task}; perplexity is for causal language models.")
+    if not model.is_causal:
+        what = f"is a {model.kind}, a model for {model.task}" if model.task != "module" else f"is a {model.kind}"
+        raise UsageError(f"{model.name} {what}; perplexity is for causal language models.")
     if model.positions is not None and context > model.positions:
         raise UsageError(f"context is {context}; {model.name} has {model.positions} positions.")
 

@@ -255,7 +255,9 @@ def test_nan_logits_are_an_error() -> None:
 def test_models_of_different_vocabularies() -> None:
     other = llama(0)
     other.resize_token_embeddings(VOCABULARY + 1)
-    with pytest.raises(MxloomError, match="16 logits, LlamaForCausalLM 17: models of different vocabularies cannot"):
+    with pytest.raises(
+        MxloomError, match="a vocabulary of 16 tokens, LlamaForCausalLM one of 17: models of different vocabularies"
+    ):
         measure(llama(0), text(32), context=16, against=other)
 
 
