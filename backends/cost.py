@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType
@@ -19,12 +18,13 @@ from ..dialects.operations.contraction import Contraction, is_outer_product, wei
 from ..dialects.operations.opaque import AtenOp
 from ._opaque_macs import opaque_macs
 from ._shapes import Shapes, shapes_in, values_of
-from .stored_tensors import Tensor, stored_tensors
+from .stored_tensors import Tensor, sized, stored_tensors
 from .weight_store import WeightStore
 
 NO_RULE = "no rule matches it"
 OUTER = "its product sums over one value"
 OPAQUE = "kept as a torch operator: no structured operation for it"
+PADDED_SHOWN = 5
 UNKNOWN = "kept as a torch operator, MACs not known, or not all of them"
 
 
@@ -47,6 +47,8 @@ class Contracted:
     activation_elements: int
     activation_bits: int
     traffic_bytes: int
+    padded: tuple[Tensor, ...] = ()
+    """Those operands, no weights, of which padding and scales are more than half."""
 
     @property
     def formats(self) -> str:
@@ -98,6 +100,12 @@ class Cost:
     def traffic_bytes(self) -> int:
         return sum(c.traffic_bytes for c in self.contractions)
 
+    @property
+    def padded(self) -> tuple[Tensor, ...]:
+        """The tensors, stored or read by a contraction, of which padding and scales are more than half."""
+        stored = [tensor for tensor in self.tensors if tensor.is_padded]
+        return (*stored, *(tensor for each in self.contractions for tensor in each.padded))
+
     def table(self, top: int | None = None) -> str:
         """The contractions by MACs, the largest first, and the totals below."""
         rows = sorted(self.contractions, key=lambda c: -c.macs)[:top]
@@ -107,11 +115,17 @@ class Cost:
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        return (
+        """One line of totals, and one more where blocks that do not fill their dimension more than double a tensor."""
+        totals = (
             f"{self.weight_bits:.4f} bits a parameter ({self.quantized_weight_bits:.4f} where quantized), "
             f"{self.activation_bits:.4f} bits an activation, {self.bytes:,} bytes, {self.macs:,} MACs, "
             f"{self.traffic_bytes:,} bytes of traffic"
         )
+        if not self.padded:
+            return totals
+        named = ", ".join(map(str, sorted(self.padded, key=lambda tensor: -tensor.bits)[:PADDED_SHOWN]))
+        rest = f", and {len(self.padded) - PADDED_SHOWN} more" if len(self.padded) > PADDED_SHOWN else ""
+        return f"{totals}\nmore than doubled by padding of blocks and by scales: {named}{rest}"
 
     def to_json(self) -> dict[str, Any]:
         totals = (
@@ -193,6 +207,7 @@ class _Counted:
         self.formats: dict[str, str] = {}
         self.weights: dict[str, None] = {}
         self.wide: dict[str, None] = {}
+        self.padded: list[Tensor] = []
         self.elements = self.bits = self.traffic = 0
 
     def add(
@@ -200,14 +215,15 @@ class _Counted:
     ) -> None:
         """Count an operand; one that is made inside the operation is not moved."""
         self.formats[name] = name_of(format)
-        size = storage_bits(format, shape)
+        tensor = sized(name, format, shape)
         if is_wide(format):
             self.wide[name] = None
         if is_weight:
             self.weights[name] = None
         else:
-            self.elements, self.bits = self.elements + prod(shape), self.bits + size
-        self.traffic += -(-size // 8) if is_moved else 0
+            self.elements, self.bits = self.elements + tensor.elements, self.bits + tensor.bits
+            self.padded += [tensor] if tensor.is_padded else []
+        self.traffic += tensor.bytes if is_moved else 0
 
     def add_results(self, op: Operation, shapes: Shapes) -> None:
         """Count what the operation writes."""
@@ -228,6 +244,7 @@ class _Counted:
             activation_elements=self.elements,
             activation_bits=self.bits,
             traffic_bytes=self.traffic,
+            padded=tuple(replace(tensor, name=f"{name}.{tensor.name}") for tensor in self.padded),
         )
 
 

@@ -10,7 +10,7 @@ from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Attribute
 
 from ..dialects.errors import MxloomError
-from ..dialects.formats import is_wide, storage_bits
+from ..dialects.formats import bits, is_wide, storage_bits
 from ..dialects.instances import name_of
 from ..dialects.operations._origin import stored_readers
 from ..dialects.operations._shapes import element_of, shape_of
@@ -21,17 +21,34 @@ from .weight_store import WeightStore
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor: a parameter in the format in which the file holds it."""
+    """One stored tensor: a parameter in the format in which the file holds it.
+
+    `bits` are those that it takes, `own_bits` those that its format has for so many elements of a large tensor. What it
+    takes more is padding, for blocks are stored whole, and scales of blocks that are shorter than they could be.
+    """
 
     name: str
     format: str
     elements: int
     bits: int
+    own_bits: float
 
     @property
     def bytes(self) -> int:
         """The size in the file, rounded up to whole bytes."""
         return -(-self.bits // 8)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether padding and scales take more than all else."""
+        return self.elements > 0 and self.bits > 2 * self.own_bits
+
+    def __str__(self) -> str:
+        """`fc.weight 45.33 bits an element, not the 4.25 of mxfp4 (91% added)`."""
+        each, own = self.bits / self.elements, self.own_bits / self.elements
+        return (
+            f"{self.name} {each:.4g} bits an element, not the {own:.4g} of {self.format} ({1 - own / each:.0%} added)"
+        )
 
 
 def stored_tensors(module: ModuleOp, weights: WeightStore, state: Iterable[str] = ()) -> Iterator[Tensor]:
@@ -46,12 +63,12 @@ def stored_tensors(module: ModuleOp, weights: WeightStore, state: Iterable[str] 
         own = element_of(op.result)
         narrow = [cast for cast in stored_readers(op) if cast is not None] if is_wide(own) else []
         for cast in narrow:
-            yield _encoded(op.source.data, element_of(cast.result), shape_of(cast.result))
+            yield sized(op.source.data, element_of(cast.result), shape_of(cast.result))
         key = op.source.data, None if is_wide(own) else own
         if key in seen or (narrow and None not in stored_readers(op)):
             continue
         seen.add(key)
-        yield _wide(op.source.data, weights) if is_wide(own) else _encoded(op.source.data, own, shape_of(op.result))
+        yield _wide(op.source.data, weights) if is_wide(own) else sized(op.source.data, own, shape_of(op.result))
     yield from _unread([op.source.data for op in parameters], weights, state)
 
 
@@ -73,8 +90,9 @@ def second_names(read: Iterable[str], weights: WeightStore, state: Iterable[str]
     return {name: first.get(weights.canonical(name), name) for name in state if name not in read}
 
 
-def _encoded(name: str, format: Attribute, shape: tuple[int, ...]) -> Tensor:
-    return Tensor(name, name_of(format), prod(shape), storage_bits(format, shape))
+def sized(name: str, format: Attribute, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of the shape in the format."""
+    return Tensor(name, name_of(format), prod(shape), storage_bits(format, shape), bits(format) * prod(shape))
 
 
 def _wide(name: str, weights: WeightStore) -> Tensor:
@@ -84,4 +102,5 @@ def _wide(name: str, weights: WeightStore) -> Tensor:
         format = name_of(element_type(dtype))
     except MxloomError:
         format = str(dtype).removeprefix("torch.")
-    return Tensor(name, format, prod(weights.shape(name)), weights.stored_bits(name))
+    size = weights.stored_bits(name)
+    return Tensor(name, format, prod(weights.shape(name)), size, size)

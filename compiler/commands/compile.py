@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     replaced = check_target(args.out).exists()
     with Progress().working(f"compiling {args.model}") as report:
         compiled = compile(args.model, recipe, report=report)
-        report("cost", compiled.cost().summary())
+        report("cost", compiled.cost().summary().replace("\n", "; "))
     folder = compiled.save(args.out)
     _json.write(compiled.report() | {"folder": str(folder)}) if args.json else _print(compiled, folder, replaced)
     return 0

@@ -7,9 +7,12 @@
 import pytest
 import torch
 
-from mxloom.backends.cost import cost
+import mxloom
+from mxloom.backends.cost import Cost, cost
 from mxloom.backends.coverage import coverage
+from mxloom.backends.stored_tensors import sized
 from mxloom.backends.weight_store import WeightStore
+from mxloom.dialects.instances import format_of
 from mxloom.dialects.mx import context, parse_module
 from mxloom.passes._context import CompileContext
 from mxloom.passes.pack import Pack
@@ -112,3 +115,35 @@ def test_the_summary_of_coverage_names_the_largest_first_and_counts_nothing_twic
         "33.3% of MACs with every operand quantized: f32 66.7%, mxfp4 x mxint8 33.3%",
         "kept wide: a (input, weight; 66.7% of MACs: no rule matches it)",
     ]
+
+
+def few_channels(**formats: str) -> Cost:
+    conv = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3))
+    return mxloom.compile(conv, example={"input": torch.randn(2, 3, 8, 8)}, **formats).cost()
+
+
+def test_tensors_that_padding_more_than_doubles_are_named():
+    """32 x 3 x 3 blocks of 32 elements of 4 bits and a scale of 8, for 3 channels each; f32 has 32 bits for each."""
+    blocks = 32 * 3 * 3
+    total = few_channels(weights="mxfp4", activations="mxint8")
+    assert total.bytes == blocks * (32 * 4 + 8) // 8 + 32 * 4 > few_channels().bytes == (blocks * 3 + 32) * 4
+    weight, activation = total.padded
+    assert (weight.name, weight.bits, weight.own_bits) == ("0.weight", blocks * 136, blocks * 3 * 4.25)
+    assert (activation.name, activation.bits) == ("0.input", 8 * 8 * (32 * 8 + 8))
+    said = total.summary().splitlines()[1]
+    assert f"0.weight {136 / 3:.4g} bits an element, not the 4.25 of mxfp4 ({1 - 4.25 * 3 / 136:.0%} added)" in said
+    assert f"0.input {264 / 3:.4g} bits an element, not the 8.25 of mxint8" in said
+
+
+@pytest.mark.parametrize("formats", [{}, {"weights": "bf16"}, {"weights": "int8_channel"}, {"weights": "fixed<8,6>"}])
+def test_formats_that_need_no_padding_have_no_such_line(formats):
+    """A scale of 32 bits for each 27 weights of 8 is no doubling."""
+    assert few_channels(**formats).padded == ()
+    assert len(few_channels(**formats).summary().splitlines()) == 1
+
+
+def test_many_padded_tensors_are_counted():
+    tensors = tuple(sized(f"{i}.weight", format_of("mxfp4"), (32, i + 1)) for i in range(8))
+    said = Cost((), tensors, ()).summary().splitlines()[1]
+    assert said.count("bits an element") == 5
+    assert said.endswith(", and 3 more")
