@@ -18,7 +18,7 @@ from ..backends.weight_store import WeightStore
 from ..dialects.arguments import whole_number
 from ..dialects.errors import UsageError
 from ..dialects.operations._shapes import UNKNOWN, shape_of
-from .inputs import field_names, fitted
+from .inputs import completed, field_names, fitted, not_captured
 from .model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -54,7 +54,11 @@ class Compiled:
         return f"<Compiled {self.source.name} ({self.source.task}): {self.pipeline or 'all wide'}>"
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
-        results = self.emulation(*self.arguments(*inputs, **named))
+        from torch import autocast
+
+        arguments = self.arguments(*inputs, **named)
+        with autocast(arguments[0].device.type if arguments else "cpu", enabled=False):  # the types say what is narrow
+            results = self.emulation(*arguments)
         if not self.outputs:
             return results[0]
         return namedtuple("Outputs", field_names(self.outputs))(*results)
@@ -96,11 +100,9 @@ class Compiled:
         twice, unknown = sorted(given.keys() & named.keys()), sorted(named.keys() - set(names))
         if twice or unknown:
             what = f"input {twice[0]!r} came twice" if twice else f"unknown input {unknown[0]!r}"
-            raise UsageError(f"{self.source.name}: {what}; its inputs are {', '.join(names)}")
-        given |= named
-        ids: Any = given.get("input_ids")
-        if "attention_mask" in names and "attention_mask" not in given and hasattr(ids, "new_ones"):
-            given["attention_mask"] = ids.new_ones(ids.shape)
+            hint = "" if twice else not_captured(self.source, unknown[0])
+            raise UsageError(f"{self.source.name}: {what}; its inputs are {', '.join(names)}{hint}")
+        given = completed(given | named, names, self.source.config)
         missing = [n for n in names if n not in given]
         if missing:
             raise UsageError(f"{self.source.name}: input {missing[0]!r} is missing; its inputs are {', '.join(names)}")

@@ -19,6 +19,7 @@ from .parsing import ModuleParser
 
 OCP = "OCP Microscaling Formats (MX) v1.0"
 NVIDIA = "NVIDIA NVFP4; arXiv 2510.25602"
+BLOCK_FORM = "block<sizes x element, scale, scale of the tensor>, such as block<32xf4E2M1FN> or block<?xi8, f32>,"
 LINEAR = "uniform quantization; arXiv 2106.08295"
 
 
@@ -136,9 +137,9 @@ def parse_format(text: str) -> TypeAttribute:
         raise UsageError(f"{text!r} is not a format: {error}") from error
     except ParseError as error:
         if "<" in text:
-            raise UsageError(f"{text!r} is not the text of a format: {_reason(error)}") from error
+            raise UsageError(f"{text!r} is not the text of a format: {_reason(error)}{_forms(text)}") from error
         near = did_you_mean(text, INSTANCES) or "; `mxloom formats` lists them"
-        raise UsageError(f"unknown format {text!r}{near}") from error
+        raise UsageError(f"unknown format {text!r}{near}{_forms(text)}") from error
     if not isinstance(found, FunctionType) or len(found.inputs) != 1 or len(found.outputs):
         raise UsageError(f"{text!r} is not the text of one format")
     (fmt,) = found.inputs
@@ -151,6 +152,19 @@ def parse_format(text: str) -> TypeAttribute:
 def _reason(error: ParseError) -> str:
     lines = [line.strip(" ^") for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if line), "it does not parse")
+
+
+def _forms(text: str) -> str:
+    """How the families of formats that the text names are written: `fixed<width,fraction>`."""
+    if (name := text.partition("<")[0].strip()) in INSTANCES:
+        return f"; the form is {name} alone"
+    forms: list[str] = []
+    for family in FAMILIES:
+        name = family.name.removeprefix("mx.")
+        parameters = ",".join(parameter for parameter, _ in family.get_irdl_definition().parameters)
+        if parameters and re.search(rf"\b{name}\b", text, re.IGNORECASE):
+            forms.append(BLOCK_FORM if family is BlockType else f"{name}<{parameters}>")
+    return f"; the form is {' and '.join(forms).rstrip(',')}" if forms else ""
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,7 @@ _SCHEMAS = {
     "expert_linear": "(Tensor input, Tensor weight, Tensor index, Tensor? bias, bool transposed) -> Tensor",
     "quantize": '(Tensor input, str format, str? scale_rule=None, str rounding="rne", float? clip=None, int seed=0, '
     "float? threshold=None) -> Tensor",
+    "convert": "(Tensor input, ScalarType dtype, str rounding, int seed=0) -> Tensor",
 }
 
 _SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -191,6 +192,18 @@ def quantize(
     return formats.quantize(input, parse_type(format), how).contiguous()
 
 
+def convert(input: Tensor, dtype: Any, rounding: str, seed: int = 0) -> Tensor:
+    """The input in a float dtype of torch, rounded in another way than torch's own, to nearest even."""
+    import torch
+
+    from . import formats
+    from .operations._values import element_type
+
+    how = formats.Rounding(rounding=rounding, seed=seed)
+    wide = input if input.dtype == torch.float64 else input.to(torch.float32)
+    return formats.quantize(wide, element_type(dtype), how).to(dtype)
+
+
 def _quantize_fake(input: Tensor, *_: Any, **__: Any) -> Tensor:
     import torch
 
@@ -203,7 +216,9 @@ def quantize_call(value: Any, element: Attribute, how: Rounding) -> tuple[Callab
     from .operations._values import torch_dtype
 
     if formats.is_wide(element):
-        return operator("aten._to_copy.default"), (value,), {"dtype": torch_dtype(element)}
+        if how.rounding == "rne" or not torch_dtype(element).is_floating_point:
+            return operator("aten._to_copy.default"), (value,), {"dtype": torch_dtype(element)}
+        return operator("mxloom.convert.default"), (value, torch_dtype(element), how.rounding, how.seed), {}
     arguments = (value, str(element), how.scale_rule, how.rounding, how.clip, how.seed, how.threshold)
     return operator("mxloom.quantize.default"), arguments, {}
 
@@ -252,6 +267,7 @@ def register() -> object:
     library.impl("rope", rope, "CompositeImplicitAutograd")
     _define(library, "attention", attention, _attention_fake, _recompute(attention))
     _define(library, "expert_linear", expert_linear, _expert_fake, _expert_backward)
+    _define(library, "convert", convert, lambda input, dtype, *_: torch.empty_like(input, dtype=dtype), _converted_back)
     _define(library, "quantize", quantize, _quantize_fake, _straight_through)
     return library
 
@@ -327,6 +343,10 @@ def _expert_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         if to_bias is not None:
             to_bias[expert] = part.sum(0)
     return to_input, to_weight, None, to_bias, None
+
+
+def _converted_back(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return gradient.to(ctx.saved_tensors[0].dtype), None, None, None
 
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from ...dialects.formats._scale import tensor_scale
 from . import native
 from ._layout import LANES, Layout
-from .block_function import BlockFunction, block_function, magnitudes
-from .lowering import blocks_kernel, largest_kernel, rows_kernel
+from .block_function import BlockFunction, block_function, element_function, magnitudes, scale_function
+from .lowering import GROUP, blocks_kernel, groups_kernel, largest_kernel, rows_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from xdsl.dialects.builtin import ModuleOp
 
 SERIAL_BELOW = 1 << 17
 """Values under which one thread rounds faster than a team wakes up."""
@@ -41,7 +42,7 @@ class Prepared:
         if not (self.in_place and x.is_contiguous()):
             return self._in_order(x, out)
         at_hand = out is not None and out.dtype == torch.float32 and out.is_contiguous()
-        target = out if at_hand else torch.empty(x.shape)
+        target = out if at_hand else torch.empty(x.shape, dtype=torch.float32, device="cpu")
         assert target is not None
         self._round(x, target, self.count)
         return target if at_hand or out is None else out.copy_(target)
@@ -98,7 +99,7 @@ class Prepared:
         if bits > INFINITY_BITS:
             largest = source.nan_to_num(nan=0.0).abs().amax()
         else:
-            largest = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+            largest = torch.tensor(bits, dtype=torch.int32, device="cpu").view(torch.float32)
         largest = largest.clamp(max=torch.finfo(torch.float32).max)
         if self.clip is not None:
             largest = largest * self.clip
@@ -120,7 +121,7 @@ def _pieces(kernel: native.Kernel, source: Tensor, target: Tensor | None, given:
     written = 0 if target is None else target.data_ptr()
     seen = kernel(source.data_ptr(), written, whole, given=given, threads=min(threads, whole)) if whole else 0
     if rest:
-        piece = torch.zeros(LANES)
+        piece = torch.zeros(LANES, dtype=torch.float32, device="cpu")
         piece[:rest] = source.view(-1)[count - rest :]
         seen = max(seen, kernel(piece.data_ptr(), piece.data_ptr(), 1, given=given))
         if target is not None:
@@ -136,7 +137,14 @@ def _team_size() -> int:
 
 @lru_cache(maxsize=1024)
 def _blocks_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"blocks {numbers}", lambda: blocks_kernel(block_function(numbers), "kernel"))
+    if numbers.amax != "own":
+        return native.Kernel(f"blocks {numbers}", lambda: blocks_kernel(block_function(numbers), "kernel"))
+    return native.Kernel(f"groups {numbers}", lambda: _groups(numbers))
+
+
+def _groups(numbers: BlockFunction) -> ModuleOp:
+    parts = magnitudes(numbers.lanes), scale_function(numbers, GROUP), element_function(numbers)
+    return groups_kernel(block_function(numbers), *parts, "kernel")
 
 
 @lru_cache(maxsize=1024)

@@ -73,17 +73,45 @@ def magnitudes(lanes: int) -> FuncOp:
     return FuncOp("magnitudes", FunctionType.from_lists([kind], [VectorType(i32, [lanes])]), Region(block))
 
 
+def scale_function(numbers: BlockFunction, blocks: int) -> FuncOp:
+    """`func @scale(vector of blocks x i32, f32) -> (vector of blocks x f32, the same)`: for several blocks at once.
+
+    From the bits of the largest magnitudes and the scale of the tensor: scales, and what values are brought to them by.
+    """
+    kind, largest = VectorType(f32, [blocks]), VectorType(i32, [blocks])
+    block = Block(arg_types=[largest, f32])
+    block.add_op(ReturnOp(*_scales(Builder(block, blocks), block.args[0], block.args[1], numbers)))
+    return FuncOp("scale", FunctionType.from_lists([largest, f32], [kind, kind]), Region(block))
+
+
+def element_function(numbers: BlockFunction) -> FuncOp:
+    """`func @elements(vector of lanes x f32, three times) -> the same`: values, scales, divisors to rounded values."""
+    kind = VectorType(f32, [numbers.lanes])
+    block = Block(arg_types=[kind] * 3)
+    values, scale, divisor = block.args
+    block.add_op(ReturnOp(_rounded(Builder(block, numbers.lanes), values, scale, divisor, numbers)))
+    return FuncOp("elements", FunctionType.from_lists([kind] * 3, [kind]), Region(block))
+
+
 def _scaled(b: Builder, values: SSAValue, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> SSAValue:
     """The values over their scale, rounded, and back."""
+    return _rounded(b, values, *_scales(b, largest, over, numbers), numbers)
+
+
+def _scales(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> tuple[SSAValue, SSAValue]:
+    """The scale, and its exact inverse where it is a power of two, else what values are divided by."""
     if numbers.clip is not None:
         largest = b.bits(b.multiply(b.float(largest), b.number(numbers.clip)))
     if numbers.scale == f8E8M0FNU:
-        scale, inverse = _power_of_two(b, largest, numbers)
-        scaled = b.multiply(values, inverse)
-    else:
-        scale = _quotient(b, largest, over, numbers)
-        zero = b.compare("oeq", scale, b.number(0.0))
-        scaled = b.divide(values, b.select(zero, b.float(b.integer(INFINITY)), scale))
+        return _power_of_two(b, largest, numbers)
+    scale = _quotient(b, largest, over, numbers)
+    zero = b.compare("oeq", scale, b.number(0.0))
+    return scale, b.select(zero, b.float(b.integer(INFINITY)), scale)
+
+
+def _rounded(b: Builder, values: SSAValue, scale: SSAValue, divisor: SSAValue, numbers: BlockFunction) -> SSAValue:
+    exact = numbers.scale == f8E8M0FNU
+    scaled = b.multiply(values, divisor) if exact else b.divide(values, divisor)
     return _finite(b, b.multiply(_element(b, scaled, numbers), scale))
 
 

@@ -130,14 +130,20 @@ class Writer:
                 return self.add(llvm.SelectOp(*operands))
         raise MxloomError(f"{op.name} has no form in the llvm dialect; this is a fault of mxloom")
 
+    def lane(self, vector: SSAValue, place: int, lanes: int) -> SSAValue:
+        """One lane of a vector, in every lane of another."""
+        assert isinstance(vector.type, VectorType)
+        mask = DenseArrayBase.from_list(i32, [place] * lanes)
+        kind = VectorType(vector.type.element_type, [lanes])
+        return self.add(
+            llvm.ShuffleVectorOp.create(operands=[vector, vector], result_types=[kind], properties={"mask": mask})
+        )
+
     def _spread(self, value: SSAValue, kind: Attribute) -> SSAValue:
         assert isinstance(kind, VectorType)
         undefined = self.add(llvm.UndefOp(kind))
         first = self.add(llvm.InsertElementOp(undefined, value, self.constant(0, i32)))
-        mask = DenseArrayBase.from_list(i32, [0] * kind.get_shape()[0])
-        return self.add(
-            llvm.ShuffleVectorOp.create(operands=[first, undefined], result_types=[kind], properties={"mask": mask})
-        )
+        return self.lane(first, 0, kind.get_shape()[0])
 
     def _jump(self, target: Block, arguments: Sequence[SSAValue]) -> None:
         self.block.add_op(llvm.BrOp.create(operands=list(arguments), successors=[target]))
@@ -165,6 +171,46 @@ def blocks_kernel(function: FuncOp, name: str) -> ModuleOp:
         return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
 
     (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], body)
+    return _finish(writer, name, largest)
+
+
+GROUP = 8
+"""Blocks whose scales are computed at once."""
+
+
+def groups_kernel(function: FuncOp, magnitudes: FuncOp, scale: FuncOp, elements: FuncOp, name: str) -> ModuleOp:
+    """The same arguments and results as `blocks_kernel`: eight blocks at a time, `@q` for those that are left over."""
+    values = _vector(function)
+    lanes = values.get_shape()[0]
+    writer, (source, target, first, end, given, over, _) = _start()
+
+    def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        start = writer.add(llvm.MulOp(index, writer.constant(lanes)))
+        offsets = [writer.add(llvm.AddOp(start, writer.constant(lanes * place))) for place in range(GROUP)]
+        largest = writer.add(llvm.ConstantOp(_zeros(GROUP), VectorType(i32, [GROUP])))
+        for place, offset in enumerate(offsets):
+            (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, offset), values)])
+            top = writer.intrinsic("llvm.vector.reduce.umax", [own], i32)
+            largest = writer.add(llvm.InsertElementOp(largest, top, writer.constant(place, i32)))
+        scales, divisors = writer.inline(scale, [largest, over])
+        for place, offset in enumerate(offsets):
+            loaded = writer.load(writer.at(source, offset), values)
+            own, divisor = (writer.lane(vector, place, lanes) for vector in (scales, divisors))
+            (rounded,) = writer.inline(elements, [loaded, own, divisor])
+            writer.store(rounded, writer.at(target, offset))
+        return [writer.intrinsic("llvm.umax", [carried[0], largest], largest.type)]
+
+    def single(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        offset = writer.add(llvm.MulOp(index, writer.constant(lanes)))
+        rounded, largest = writer.inline(function, [writer.load(writer.at(source, offset), values), given, over])
+        writer.store(rounded, writer.at(target, offset))
+        return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
+
+    count = writer.add(llvm.AndOp(writer.add(llvm.SubOp(end, first)), writer.constant(-GROUP)))
+    whole = writer.add(llvm.AddOp(first, count))
+    none = writer.add(llvm.ConstantOp(_zeros(GROUP), VectorType(i32, [GROUP])))
+    (seen,) = writer.loop(first, whole, GROUP, [none], group)
+    (largest,) = writer.loop(whole, end, 1, [writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)], single)
     return _finish(writer, name, largest)
 
 

@@ -186,3 +186,19 @@ def test_the_reference_and_the_switch_leave_kernels_out(monkeypatch: pytest.Monk
     assert why_not(fmt, how, torch.float32) == "MXLOOM_KERNELS is eager"
     x = DATA["normal"]
     assert torch.equal(mxloom.fake_quantize(x, "mxfp4"), formats.quantize(x, fmt))
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int8_tensor", "int8_channel", "fixed<8,6>", "ternary"])
+def test_what_torch_makes_by_default_changes_nothing(format: str) -> None:
+    x = random_bits((4, 33), 6).nan_to_num(nan=0.0)
+    expected = formats.quantize(x, format_of(format, rank=2))
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = mxloom.fake_quantize(x, format)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+    with torch.device("meta"):
+        assert torch.equal(mxloom.fake_quantize(x, format), expected)
