@@ -19,7 +19,7 @@ from ..dialects.errors import MxloomError, UsageError, first_line
 from ..dialects.parsing import ModuleParser
 from ._failures import reported
 from .pipeline import failures_of, parse_passes
-from .universe import all_dialects, all_passes, all_targets
+from .universe import MXLOOM_UNIVERSE, all_dialects, all_passes, all_targets, own_passes
 
 XDSL_ERRORS = (ParseError, DiagnosticException, ShrinkException)
 """What xDSL's driver reports itself where its options ask for it."""
@@ -53,13 +53,14 @@ class MxloomOptMain(xDSLOptMain):
         return parser.parse_module(not self.args.no_implicit_module)
 
     def register_all_passes(self) -> None:
-        self.available_passes.update(all_passes())
+        self.available_passes = {**own_passes(), **all_passes()}
 
     def register_all_targets(self) -> None:
-        self.available_targets.update(all_targets())
+        self.available_targets |= {**MXLOOM_UNIVERSE.all_targets, **all_targets()}
 
     def register_all_arguments(self, arg_parser: argparse.ArgumentParser) -> None:
         super().register_all_arguments(arg_parser)
+        arg_parser.description = _described(arg_parser.description)
         arg_parser.add_argument("--debug", action="store_true", help="Show the traceback of an error")
         arg_parser.error = _refused
 
@@ -143,6 +144,15 @@ def _run(given: list[str]) -> int:
     except XDSL_ERRORS as error:
         raise MxloomError(str(error).strip()) from error
     return 0
+
+
+def _described(title: str | None) -> str:
+    """What stands above the long lists of the help: which passes and targets are mxloom's own."""
+    targets = ", ".join(MXLOOM_UNIVERSE.all_targets) or "none yet"
+    return (
+        f"{title}. mxloom's own passes, and those announced to it: {', '.join(own_passes())}. "
+        f"Its own targets: {targets}. All others are xDSL's."
+    )
 
 
 def _check_name(name: str | None) -> None:

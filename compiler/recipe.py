@@ -18,9 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from ..dialects.errors import MxloomError, UsageError
+from ..dialects.errors import MxloomError, UsageError, shortened
 from .pipeline import LARGEST, parse_passes, quoted
-from .recipe_errors import explained, spoken
+from .recipe_errors import explained, mistaken, spoken
 from .recipe_text import SIZE_LIMIT, Reader, Where
 
 
@@ -163,13 +163,14 @@ class Recipe(_Strict):
         """Read a YAML file. Raises UsageError with file and line for everything that is wrong in it."""
         path = Path(path)
         if "\0" in str(path) or not path.name:
-            raise UsageError(f"{str(path)!r} is no file's name")
+            raise UsageError(f"{shortened(repr(str(path)), 200)} is no file's name")
         try:
             if path.stat().st_size > SIZE_LIMIT:
                 raise UsageError(f"{path}: a recipe has at most {SIZE_LIMIT} bytes")
             text = path.read_text("utf-8")
         except OSError as error:
-            raise UsageError(f"{path}: the recipe cannot be read: {error.strerror}") from error
+            reason = mistaken(str(path)) or f"the recipe cannot be read: {error.strerror}"
+            raise UsageError(f"{shortened(str(path), 200)}: {reason}") from error
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: the recipe is not UTF-8 text (byte {error.start})") from error
         return cls.from_text(text, path)

@@ -7,7 +7,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..dialects.errors import did_you_mean
+from ..dialects.instances import INSTANCES
 from .recipe_text import Where
+from .universe import own_passes
 
 NOT_YET = ("calibration", "search", "cost")
 """Keys of the recipe's design that this version does not have: named in the error, never ignored."""
@@ -22,6 +24,22 @@ def explained(error: ValidationError, model: type[BaseModel], name: str, lines: 
     messages = [f"{name}:{line}: {problem}" if line else f"{name}: {problem}" for line, problem in placed]
     rest = len(messages) - ERRORS_SHOWN
     return "\n".join(messages[:ERRORS_SHOWN] + ([f"and {rest} more"] if rest > 0 else []))
+
+
+def mistaken(text: str) -> str | None:
+    """What a text that names no recipe's file was meant as, and how that is given: a pipeline, a recipe, a format."""
+    if "\n" in text or re.match(r"\s*(\{|version\s*:|quantize\s*:|passes\s*:)", text):
+        return "this is a recipe's text, not its file: write it into a file, or give a dictionary in Python"
+    if "{" in text or re.split(r"[,{\s]", text.strip(), maxsplit=1)[0] in own_passes():
+        return (
+            "this is a pipeline of passes, not a recipe's file: a recipe runs it as `passes: [PIPELINE]`; in Python, "
+            '{"passes": [pipeline]}'
+        )
+    if text in INSTANCES:
+        return (
+            f'this is a format, not a recipe\'s file: give weights="{text}" and activations (--weights, --activations)'
+        )
+    return None
 
 
 def _line(where: Where, lines: dict[Where, int]) -> int:

@@ -161,7 +161,8 @@ def _forms(text: str) -> str:
     forms: list[str] = []
     for family in FAMILIES:
         name = family.name.removeprefix("mx.")
-        parameters = ",".join(parameter for parameter, _ in family.get_irdl_definition().parameters)
+        definition = family.get_irdl_definition()  # pyright: ignore[reportAttributeAccessIssue]
+        parameters = ",".join(parameter for parameter, _ in definition.parameters)
         if parameters and re.search(rf"\b{name}\b", text, re.IGNORECASE):
             forms.append(BLOCK_FORM if family is BlockType else f"{name}<{parameters}>")
     return f"; the form is {' and '.join(forms).rstrip(',')}" if forms else ""

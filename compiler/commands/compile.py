@@ -56,7 +56,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.recipe:
         return Recipe.from_file(args.recipe)
     if not formats:
-        raise UsageError("give --recipe FILE, or --weights FORMAT and --activations FORMAT")
+        raise UsageError(
+            "give --recipe FILE, or --weights FORMAT and --activations FORMAT; --weights f32 keeps everything wide"
+        )
     for format in formats.values():
         format_of(format)
     return Recipe.from_dict({"quantize": [formats]})

@@ -318,3 +318,15 @@ def test_an_unknown_extension_is_one_message(tmp_path: Path, capsys: pytest.Capt
     file.write_text(MODULE)
     assert main([str(file)]) == 2
     assert "txt" in capsys.readouterr().err
+
+
+def test_the_help_names_what_is_mxlooms_own_before_what_is_xdsls(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    own = ", ".join(own_passes())
+    assert {"pack", "quantize"} <= own_passes().keys() < all_passes().keys()
+    assert shown.index(f"mxloom's own passes, and those announced to it: {own}.") < shown.index("positional arguments")
+    assert f"Available passes are: {','.join(own_passes())}," in shown
+    assert "Available targets are: emulate," in shown

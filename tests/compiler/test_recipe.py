@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mxloom import MxloomError
+from mxloom import MxloomError, compile
 from mxloom.compiler.pipeline import parse_passes
 from mxloom.compiler.recipe import Recipe, Rule
 from mxloom.compiler.recipe_text import SIZE_LIMIT
+from mxloom.dialects.errors import UsageError
 from mxloom.passes.quantize import matches
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
@@ -231,3 +233,50 @@ def test_the_schema_refuses_unknown_keys() -> None:
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"version", "quantize", "scale_rule", "rounding", "passes", "evaluate", "seed"}
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
+
+
+PIPELINES = [
+    "quantize{weights=mxfp4 activations=mxint8}",
+    "pack",
+    "quantize,pack",
+    'quantize{match="a"}' + ",pack" * 100,
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *((pipeline, r"a pipeline of passes, not a recipe's file: .*`passes: \[PIPELINE\]`") for pipeline in PIPELINES),
+        ("version: 1\nquantize: []\n", "a recipe's text, not its file"),
+        ("quantize: [{weights: mxfp4}]", "a recipe's text, not its file"),
+        ("mxfp4", 'a format, not a recipe\'s file: give weights="mxfp4"'),
+        ("packed.yaml", "the recipe cannot be read: No such file"),
+        ("x" * 300, "the recipe cannot be read: File name too long"),
+    ],
+)
+def test_what_was_meant_by_a_text_that_names_no_file(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        compile(torch.nn.Linear(2, 2), text, example={"input": torch.zeros(2, 2)})
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_named_as_a_pass_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quantize").write_text("version: 1\npasses: [pack]\n")
+    assert Recipe.from_file("quantize").pipeline() == "pack"
+
+
+def test_the_pipeline_of_a_run_repeats_it() -> None:
+    """As a recipe of one pass string: the same module, operation by operation, and the same numbers."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
+    x = torch.randn(4, 64)
+    rules = [
+        {"match": "0", "weights": "mxfp4", "activations": "mxint8", "rounding": "stochastic"},
+        {"match": "re:^2$", "weights": "nvfp4"},
+    ]
+    first = compile(model, {"quantize": rules, "seed": 7}, example={"input": x})
+    again = compile(model, {"passes": [first.provenance["pipeline"]]}, example={"input": x})
+    assert str(again.module) == str(first.module)
+    assert again.provenance["pipeline"] == first.provenance["pipeline"]
+    assert torch.equal(again(x), first(x))

@@ -1,5 +1,6 @@
 """Format types: their text, what they refuse and in which words, their bits, and how they lie on tensors."""
 
+import re
 import subprocess
 import sys
 
@@ -41,7 +42,7 @@ from mxloom.dialects.formats import (
     storage_bits,
     verify_tensor,
 )
-from mxloom.dialects.instances import INSTANCES, format_of, name_of, parse_format
+from mxloom.dialects.instances import BLOCK_FORM, INSTANCES, format_of, name_of, parse_format
 
 NVFP4 = "!mx.block<16xf4E2M1FN, f8E4M3FN, f32>"
 TEXTS = [
@@ -336,3 +337,28 @@ def test_formats_do_not_load_torch() -> None:
     program = "import sys, mxloom.dialects.numbers as n; str(n.formats()); sys.exit('torch' in sys.modules)"
     path = next(entry for entry in sys.path if entry.endswith(".links"))
     assert subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": path}).returncode == 0
+
+
+@pytest.mark.parametrize("number", ["8", "", "8,", "8.5,2", "8,6,2", "a,b", "8;6", "<"])
+@pytest.mark.parametrize("prefix", ["", "!mx."])
+def test_a_text_of_a_family_that_is_wrong_shows_its_form(number: str, prefix: str) -> None:
+    """The names of the parameters are those under which the family's documentation speaks of them."""
+    forms = {
+        "fixed": "fixed<width,fraction>",
+        "float": "float<exponent,mantissa>",
+        "mixed": "mixed<low,high>",
+        "block": "block<sizes x element, scale, scale of the tensor>, such as block<32xf4E2M1FN>",
+    }
+    for family, form in forms.items():
+        with pytest.raises(UsageError) as caught:
+            parse_format(f"{prefix}{family}<{number}>")
+        assert f"; the form is {form}" in str(caught.value)
+    with pytest.raises(UsageError, match=r"the form is mxfp4 alone$"):
+        parse_format(f"mxfp4<{number}>")
+
+
+def test_the_forms_inside_a_form_are_shown_too() -> None:
+    with pytest.raises(UsageError, match=r"the form is block<.* or block<\?xi8, f32>, and fixed<width,fraction>$"):
+        parse_format("block<32x!mx.fixed<8>>")
+    examples = re.findall(r"block<[?0-9][^>]*>", BLOCK_FORM)
+    assert [type(parse_format(example)) for example in examples] == [BlockType, BlockType]
