@@ -16,6 +16,7 @@ from ..dialects.errors import MxloomError, did_you_mean, first_line
 from .attention_interface import register, structured
 from .decomposition import decomposed
 from .dynamic_sizes import Dims, advice, dynamic_dims, frozen, model_frame
+from .placeholders import beside, on_meta, placed
 from .precision import wide, widened
 from .products import composites
 
@@ -55,21 +56,23 @@ def capture(
     import torch
 
     _check_arguments(model, example)
-    example = widened(example)
+    example = beside(model, widened(example))
     wanted = dynamic_dims(example, dynamic)
     _check_example(model, example, wanted)
+    without_values = on_meta(model)
     shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in wanted.items()}
 
     def export() -> ExportedProgram:
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
 
-    with _evaluating(model), structured(model), wide(model), torch.no_grad(), _quiet():
+    with _evaluating(model), structured(model), wide(model), placed(model), _plain_modes(), _quiet():
         try:
             # torch prints the graph so far to stderr before it raises; the error says it better.
             with redirect_stderr(io.StringIO()) as printed:
                 program = export()
         except Exception as error:
-            raise CaptureError(_fault_of_example(model, example) or _explain(error, model)) from error
+            fault = None if without_values else _fault_of_example(model, example)
+            raise CaptureError(fault or _explain(error, model)) from error
         sys.stderr.write(printed.getvalue())
         found = frozen(program, wanted, export)
         if found is not None:
@@ -86,6 +89,15 @@ def _functional(program: ExportedProgram, wanted: Dims) -> ExportedProgram:
     """The program in functional operators; einsum and its like as the product that they are, if no size gets fixed."""
     rewritten = decomposed(program, composites())
     return rewritten if frozen(rewritten, wanted, lambda: None) is None else decomposed(program)
+
+
+@contextmanager
+def _plain_modes() -> Iterator[None]:
+    """No gradients, and no autocast of a caller: it would become part of the model."""
+    import torch
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @contextmanager
@@ -140,8 +152,6 @@ def _check_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> None:
 
 def _fault_of_example(model: nn.Module, example: Mapping[str, Tensor]) -> str | None:
     """The message where the model itself, run as it is, does not take the example."""
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        return None
     try:
         model(**example)
     except Exception as error:

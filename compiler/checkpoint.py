@@ -41,14 +41,16 @@ def open_folder(folder: Path) -> ModelSource:
     with quiet_transformers() as notes:
         config = read_config(folder)
         model = build(config, folder, weights)
-        mapping = _names(model, weights)
+        mapping, made = _names(model, weights), list[str]()
         _check_dtypes(folder, model, weights, mapping)
         if mapping is not None:
             _check_shapes(folder, model, weights, mapping)
-            weights = _take(folder, model, weights, mapping, notes)
-        rebuild_constants(model, folder)
+            weights, made = _take(folder, model, weights, mapping, notes)
+        rebuild_constants(model, folder, made)
     if mapping is None:
         weights, notes = _load_in_memory(model, folder, notes)
+    for name in made:
+        weights.put(name, model.state_dict()[name])
     for name, buffer in non_persistent_buffers(model):
         weights.put(name, buffer)
     beside = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _BESIDE)
@@ -185,42 +187,98 @@ def _at_most(limit: int) -> Iterator[None]:
         hook.remove()
 
 
-def rebuild_constants(model: PreTrainedModel, folder: Path) -> None:
-    """Give every non-persistent buffer its value, computed in f32 by the architecture's own initialisation.
+def rebuild_constants(model: PreTrainedModel, folder: Path, made: Iterable[str] = ()) -> None:
+    """Give what no file holds its value, computed in f32 by the architecture's own initialisation.
 
-    Positions and frequencies are no weights: a checkpoint in bf16 must not round them. MxloomError where they would
-    take more than `CONSTANTS_LIMIT` bytes, or the configuration in `folder` does not let them be computed.
+    That is every non-persistent buffer, every tensor that is a mere attribute of a module, and the parameters in
+    `made`. Positions and frequencies are no weights: a checkpoint in bf16 must not round them. MxloomError where they
+    would take more than `CONSTANTS_LIMIT` bytes, where the configuration in `folder` does not let them be computed, or
+    where the initialisation draws one of `made` at random.
     """
-    buffers = dict(non_persistent_buffers(model))
-    size = sum(buffer.nbytes for buffer in buffers.values())
+    state = model.state_dict(keep_vars=True)
+    unset = {**dict(non_persistent_buffers(model)), **{name: state[name] for name in made}}
+    attributes = _meta_attributes(model)
+    size = sum(tensor.nbytes for tensor in (*unset.values(), *attributes.values()))
     if size > CONSTANTS_LIMIT:
         raise MxloomError(f"{folder / 'config.json'}: its sizes ask for {size} bytes of constants, such as positions.")
     try:
-        if buffers:
-            _rebuild(model, buffers)
+        if unset or attributes:
+            _rebuild(model, unset, attributes)
+        random = _drawn(model, made)
     except Exception as error:
         raise _unbuildable(folder, model.config, error) from error
+    if random:
+        raise _missing(folder, random)
 
 
-def _rebuild(model: PreTrainedModel, buffers: dict[str, Tensor]) -> None:
-    import torch
-
+def _rebuild(model: PreTrainedModel, unset: Mapping[str, Tensor], attributes: Iterable[str]) -> None:
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
-    for name, buffer in buffers.items():
-        _set_buffer(model, name, _unset(buffer))
+    for name, tensor in unset.items():
+        _set(model, name, _unset(tensor))
+    _initialize(model)
+    rest = [name for name in unset if _is_unset(_get(model, name))]
+    if rest or attributes:
+        _copy_constants(model, [*rest, *attributes])
+
+
+def _initialize(model: PreTrainedModel) -> None:
+    """Run the architecture's own initialisation over what is not marked as initialised."""
+    import torch
+
     with torch.no_grad():
         for part in model.modules():
             part.__dict__.pop("_is_hf_initialized", None)
         model.initialize_weights()
-    rest = [name for name, buffer in non_persistent_buffers(model) if _is_unset(buffer)]
-    if rest:
-        _copy_constants(model, rest)
 
 
-def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+def _drawn(model: PreTrainedModel, made: Iterable[str]) -> list[str]:
+    """Which of the names the initialisation draws at random or, being parameters, leaves as they are: no constants."""
+    from torch import nn
+
+    first = {name: _get(model, name) for name in made}
+    if not first:
+        return []
+    for name, tensor in first.items():
+        _set(model, name, _unset(tensor))
+    _initialize(model)
+    again = {name: _get(model, name) for name in first}
+    for name, tensor in first.items():
+        _set(model, name, tensor)
+    return [
+        name
+        for name, tensor in first.items()
+        if (isinstance(tensor, nn.Parameter) if _is_unset(again[name]) else not tensor.equal(again[name]))
+    ]
+
+
+def _meta_attributes(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors on the meta device that modules hold as plain attributes, by full name."""
+    import torch
+
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, part in model.named_modules()
+        for name, value in part.__dict__.items()
+        if isinstance(value, torch.Tensor) and value.is_meta
+    }
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
     path, _, own = name.rpartition(".")
-    model.get_submodule(path)._buffers[own] = value
+    return getattr(model.get_submodule(path), own)
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor where a parameter, a buffer or an attribute of that name is."""
+    import torch
+
+    path, _, own = name.rpartition(".")
+    part = model.get_submodule(path)
+    if own in part._parameters:
+        part._parameters[own] = torch.nn.Parameter(value, value.is_floating_point())
+    else:
+        (part._buffers if own in part._buffers else part.__dict__)[own] = value
 
 
 def _unset(buffer: Tensor) -> Tensor:
@@ -242,7 +300,7 @@ def _copy_constants(model: PreTrainedModel, names: list[str]) -> None:
     with no_init_weights():
         real = type(model)(model.config)
     for name in names:
-        _set_buffer(model, name, real.get_buffer(name).clone())
+        _set(model, name, _get(real, name).detach().clone())
 
 
 def _names(model: PreTrainedModel, weights: WeightStore) -> dict[str, str] | None:
@@ -297,22 +355,36 @@ def _check_shapes(folder: Path, model: nn.Module, weights: WeightStore, mapping:
 
 def _take(
     folder: Path, model: PreTrainedModel, weights: WeightStore, mapping: dict[str, str], notes: list[str]
-) -> WeightStore:
-    """The store by the model's names: tied weights stored once, nothing missing, what is left over noted."""
+) -> tuple[WeightStore, list[str]]:
+    """The store by the model's names: tied weights stored once, nothing missing, what is left over noted.
+
+    Beside it the names that checkpoints of the architecture leave out, because its initialisation makes them.
+    """
     state = model.state_dict()
     for alias, target in dict(getattr(model, "all_tied_weights_keys", {})).items():
         _tie(model, weights, mapping, alias, target, notes)
-    missing = [name for name in state if name not in mapping]
+    absent = [name for name in state if name not in mapping]
+    made = [name for name in absent if _is_left_out(model, name)]
+    missing = [name for name in absent if name not in made]
     if missing:
-        raise MxloomError(
-            f"{folder}: {len(missing)} tensors that config.json asks for are missing: {listed(missing)}. "
-            "The checkpoint is incomplete or belongs to another architecture."
-        )
+        raise _missing(folder, missing)
     constants = {name for name, _ in non_persistent_buffers(model)}
     unexpected = sorted(name for name in mapping if name not in state and not _is_constant(name, constants))
     if unexpected:
         notes.append(_left_over(unexpected))
-    return weights.renamed({name: mapping[name] for name in state})
+    return weights.renamed({name: mapping[name] for name in state if name in mapping}), made
+
+
+def _is_left_out(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers lets a checkpoint of the model lack the tensor."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+
+
+def _missing(folder: Path, names: list[str]) -> MxloomError:
+    return MxloomError(
+        f"{folder}: {len(names)} tensors that config.json asks for are missing: {listed(names)}. "
+        "The checkpoint is incomplete or belongs to another architecture."
+    )
 
 
 def _is_constant(name: str, constants: Iterable[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +37,14 @@ def example_inputs(source: ModelSource) -> dict[str, Tensor]:
         if getattr(source.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"][:, 3:].clone()
         return inputs
+    takes = f"{main!r}" if main else "inputs unknown to mxloom"
+    named = [main or "name of forward argument"]
+    named += ["decoder_input_ids"] if getattr(source.config, "is_encoder_decoder", False) else []
+    call = ", ".join(f"{name!r}: tensor" for name in named)
     raise UsageError(
-        f"{source.name}: {type(source.model).__name__} takes {main or 'inputs unknown to mxloom'}; "
-        "give example={'name of forward argument': tensor, ...}, batch size 2 or more."
+        f"{source.name}: {type(source.model).__name__} takes {takes}, and mxloom makes inputs for tokens and images "
+        f"alone. Compile it in Python: mxloom.compile(model, recipe, example={{{call}}}), tensors of batch size 2 or "
+        "more."
     )
 
 
@@ -51,8 +57,19 @@ def _tokens(source: ModelSource) -> dict[str, Tensor]:
     ids = torch.arange(BATCH * SEQUENCE).reshape(BATCH, SEQUENCE) % max(vocabulary - 4, 1) + min(3, vocabulary - 1)
     mask = torch.ones(BATCH, SEQUENCE, dtype=torch.long)
     mask[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if has_segments(source.config) and "token_type_ids" in inspect.signature(source.model.forward).parameters:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
     device = _device(source.model)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def has_segments(config: Any) -> bool:
+    """Whether a model of tokens tells segments apart by `token_type_ids`, and takes zeros where none are given.
+
+    Its tokenizer returns them beside the tokens. GPT-2 has an argument of that name too: absent and 0 differ there.
+    """
+    return isinstance(getattr(config, "type_vocab_size", None), int)
 
 
 def _images(source: ModelSource) -> Tensor:
@@ -90,5 +107,6 @@ def _text_config(config: Any) -> Any:
 
 
 def _device(model: nn.Module) -> Any:
+    """Where inputs lie: a model without values (meta) is captured as one on the processor."""
     parameter = next(iter(model.parameters()), None)
-    return "cpu" if parameter is None else parameter.device
+    return "cpu" if parameter is None or parameter.is_meta else parameter.device

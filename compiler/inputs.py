@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from xdsl.dialects.builtin import TensorType
@@ -16,6 +17,8 @@ from ..dialects.operations._values import torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .model_source import ModelSource
 
 
 def fitted(given: Any, argument: SSAValue, what: str) -> Any:
@@ -51,6 +54,30 @@ def _whole(given: Tensor, dtype: Any, refusal: str) -> Tensor:
     if not bool((converted.to(given.dtype) == given).all()):
         raise UsageError(f"{refusal}, and not all of its values are of that type")
     return converted
+
+
+def completed(given: Mapping[str, Any], names: Sequence[str], config: Any) -> dict[str, Any]:
+    """The inputs, and those that follow from the tokens where they are left out: nothing is padding, one segment."""
+    from .example_inputs import has_segments
+
+    found: dict[str, Any] = dict(given)
+    ids: Any = given.get("input_ids")
+    if hasattr(ids, "new_ones"):
+        if "attention_mask" in names:
+            found.setdefault("attention_mask", ids.new_ones(ids.shape))
+        if "token_type_ids" in names and has_segments(config):
+            found.setdefault("token_type_ids", ids.new_zeros(ids.shape))
+    return found
+
+
+def not_captured(source: ModelSource, name: str) -> str:
+    """What to do about an input that the model takes and that it was captured without; nothing where it takes none."""
+    if name not in inspect.signature(source.model.forward).parameters:
+        return ""
+    return (
+        f". {type(source.model).__name__} takes {name!r} too, but was captured without it: name it, as a tensor, in "
+        "the inputs to compile with, mxloom.compile(..., example={...})"
+    )
 
 
 def field_names(names: Sequence[str]) -> list[str]:

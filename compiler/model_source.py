@@ -63,8 +63,9 @@ class ModelSource:
     def example(self) -> dict[str, Tensor]:
         """Inputs that the model accepts, on its device: what the user gave, or made for its task.
 
-        Text: input_ids and attention_mask [2, 10], the first row padded by three on the left. Images: pixel_values
-        [2, channels, height, width].
+        Text: input_ids and attention_mask [2, 10], the first row padded by three on the left, and token_type_ids where
+        the model tells segments apart. Images: pixel_values [2, channels, height, width]. On the processor where the
+        model has no values.
         """
         from .example_inputs import example_inputs
 
