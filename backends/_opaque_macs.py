@@ -21,6 +21,7 @@ _SUMS_NOTHING = [
     "_log_softmax",
     "_native_batch_norm_legit_no_training",
     "_prelu_kernel",
+    "_safe_softmax",
     "_softmax",
     "_unsafe_view",
     "_weight_norm_interface",

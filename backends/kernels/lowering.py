@@ -122,7 +122,8 @@ class Writer:
             case arith.BitcastOp():
                 return self.add(llvm.BitcastOp(operands[0], kind))
             case vector.BroadcastOp():
-                return self._spread(operands[0], kind)
+                assert isinstance(kind, VectorType)
+                return self.spread(operands[0], kind.get_shape()[0])
             case arith.CmpfOp():
                 predicate = PREDICATES[op.predicate.value.data]
                 return self.add(llvm.FCmpOp(operands[0], operands[1], predicate))
@@ -130,20 +131,20 @@ class Writer:
                 return self.add(llvm.SelectOp(*operands))
         raise MxloomError(f"{op.name} has no form in the llvm dialect; this is a fault of mxloom")
 
-    def lane(self, vector: SSAValue, place: int, lanes: int) -> SSAValue:
-        """One lane of a vector, in every lane of another."""
-        assert isinstance(vector.type, VectorType)
-        mask = DenseArrayBase.from_list(i32, [place] * lanes)
-        kind = VectorType(vector.type.element_type, [lanes])
-        return self.add(
-            llvm.ShuffleVectorOp.create(operands=[vector, vector], result_types=[kind], properties={"mask": mask})
-        )
+    def array(self, kind: Attribute, length: int) -> SSAValue:
+        """The address of an array on the stack."""
+        place = self.add(llvm.AllocaOp(self.constant(length, i32), kind, alignment=64))
+        return self.add(llvm.BitcastOp(place, POINTER))  # llvmlite gives the address the type of what lies there
 
-    def _spread(self, value: SSAValue, kind: Attribute) -> SSAValue:
-        assert isinstance(kind, VectorType)
+    def spread(self, value: SSAValue, lanes: int) -> SSAValue:
+        """A scalar in every lane."""
+        kind = VectorType(value.type, [lanes])
         undefined = self.add(llvm.UndefOp(kind))
         first = self.add(llvm.InsertElementOp(undefined, value, self.constant(0, i32)))
-        return self.lane(first, 0, kind.get_shape()[0])
+        mask = DenseArrayBase.from_list(i32, [0] * lanes)
+        return self.add(
+            llvm.ShuffleVectorOp.create(operands=[first, undefined], result_types=[kind], properties={"mask": mask})
+        )
 
     def _jump(self, target: Block, arguments: Sequence[SSAValue]) -> None:
         self.block.add_op(llvm.BrOp.create(operands=list(arguments), successors=[target]))
@@ -178,40 +179,45 @@ GROUP = 8
 """Blocks whose scales are computed at once."""
 
 
-def groups_kernel(function: FuncOp, magnitudes: FuncOp, scale: FuncOp, elements: FuncOp, name: str) -> ModuleOp:
-    """The same arguments and results as `blocks_kernel`: eight blocks at a time, `@q` for those that are left over."""
-    values = _vector(function)
+def groups_kernel(magnitudes: FuncOp, scale: FuncOp, elements: FuncOp, name: str) -> ModuleOp:
+    """The same arguments and result as `blocks_kernel`: the scales of eight blocks at a time, then their elements."""
+    values = _vector(elements)
     lanes = values.get_shape()[0]
-    writer, (source, target, first, end, given, over, _) = _start()
+    writer, (source, target, first, end, _, over, _) = _start()
+
+    # Loops over the blocks of a group, not eight copies of their code: that would take ten times as long to compile.
+    tops, scales, divisors = (writer.array(kind, GROUP) for kind in (i32, f32, f32))
 
     def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
         start = writer.add(llvm.MulOp(index, writer.constant(lanes)))
-        offsets = [writer.add(llvm.AddOp(start, writer.constant(lanes * place))) for place in range(GROUP)]
-        largest = writer.add(llvm.ConstantOp(_zeros(GROUP), VectorType(i32, [GROUP])))
-        for place, offset in enumerate(offsets):
+        left = writer.add(llvm.SubOp(end, index))
+        count = writer.intrinsic("llvm.smin", [left, writer.constant(GROUP)], i64)
+
+        def measure(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            offset = writer.add(llvm.AddOp(start, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
             (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, offset), values)])
-            top = writer.intrinsic("llvm.vector.reduce.umax", [own], i32)
-            largest = writer.add(llvm.InsertElementOp(largest, top, writer.constant(place, i32)))
-        scales, divisors = writer.inline(scale, [largest, over])
-        for place, offset in enumerate(offsets):
+            writer.store(writer.intrinsic("llvm.vector.reduce.umax", [own], i32), writer.at(tops, place, i32))
+            return []
+
+        def rounded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            offset = writer.add(llvm.AddOp(start, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
             loaded = writer.load(writer.at(source, offset), values)
-            own, divisor = (writer.lane(vector, place, lanes) for vector in (scales, divisors))
-            (rounded,) = writer.inline(elements, [loaded, own, divisor])
-            writer.store(rounded, writer.at(target, offset))
+            own, divisor = (writer.spread(writer.load(writer.at(a, place), f32), lanes) for a in (scales, divisors))
+            (result,) = writer.inline(elements, [loaded, own, divisor])
+            writer.store(result, writer.at(target, offset))
+            return []
+
+        writer.loop(writer.constant(0), count, 1, [], measure)
+        largest = writer.load(tops, VectorType(i32, [GROUP]))
+        for computed, place in zip(writer.inline(scale, [largest, over]), (scales, divisors), strict=True):
+            writer.store(computed, place)
+        writer.loop(writer.constant(0), count, 1, [], rounded)
         return [writer.intrinsic("llvm.umax", [carried[0], largest], largest.type)]
 
-    def single(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
-        offset = writer.add(llvm.MulOp(index, writer.constant(lanes)))
-        rounded, largest = writer.inline(function, [writer.load(writer.at(source, offset), values), given, over])
-        writer.store(rounded, writer.at(target, offset))
-        return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
-
-    count = writer.add(llvm.AndOp(writer.add(llvm.SubOp(end, first)), writer.constant(-GROUP)))
-    whole = writer.add(llvm.AddOp(first, count))
     none = writer.add(llvm.ConstantOp(_zeros(GROUP), VectorType(i32, [GROUP])))
-    (seen,) = writer.loop(first, whole, GROUP, [none], group)
-    (largest,) = writer.loop(whole, end, 1, [writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)], single)
-    return _finish(writer, name, largest)
+    writer.store(none, tops)  # a last group may be short: what it leaves as it was has been counted already
+    (seen,) = writer.loop(first, end, GROUP, [none], group)
+    return _finish(writer, name, writer.intrinsic("llvm.vector.reduce.umax", [seen], i32))
 
 
 def rows_kernel(function: FuncOp, magnitudes: FuncOp, name: str) -> ModuleOp:
