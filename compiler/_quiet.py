@@ -1,11 +1,13 @@
-"""Keeps transformers' progress bars off the screen while it loads, and what it warns of on record."""
+"""Keeps off the screen what transformers and torch say of themselves; what concerns the user is kept or passed on."""
 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _UNRELATED = ("torchao", "torch.utils._pytree")
 """Loggers that speak when transformers imports what a model does not need."""
@@ -38,6 +40,46 @@ def quiet_transformers() -> Iterator[list[str]]:
         if bars:
             transformers_logging.enable_progress_bar()
     _keep(notes, (str(warning.message) for warning in caught if not _foreign_noise(warning)))
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """No log lines of torch inside, and no warnings that come from its own code or from Python's library.
+
+    Both speak of torch's inner workings, and what fails is an error anyway. Other warnings, those of the model's code,
+    are given afterwards, each once, if nothing failed. Whoever sets TORCH_LOGS gets the log.
+    """
+    import torch.export  # its loggers are there once it is imported
+
+    handlers = set[logging.Handler]() if os.environ.get("TORCH_LOGS") else _torch_handlers()
+    for handler in handlers:
+        handler.addFilter(_silent)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_silent)
+    inside = Path(torch.__file__).parent, Path(os.__file__).parent
+    others = (w for w in caught if not any(_lies_in(w.filename, folder) for folder in inside))
+    for warning in {(str(w.message), w.category, w.filename, w.lineno): w for w in others}.values():
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _torch_handlers() -> set[logging.Handler]:
+    """What writes the log of torch: its loggers have a stream each."""
+    loggers = (logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch"))
+    return {each for logger in loggers for each in logger.handlers if isinstance(each, logging.StreamHandler)}
+
+
+def _silent(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _lies_in(file: str, folder: Path) -> bool:
+    """Whether a file belongs to the library in a folder; what is installed beside Python's library does not."""
+    return Path(file).is_relative_to(folder) and "site-packages" not in Path(file).relative_to(folder).parts
 
 
 class _Keeper(logging.Handler):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import io
-import logging
 import sys
 import traceback
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
 
 from ..dialects.errors import MxloomError, did_you_mean, first_line
+from ._quiet import quiet_torch
 from .attention_interface import register, structured
 from .decomposition import decomposed
 from .dynamic_sizes import Dims, advice, dynamic_dims, frozen, model_frame
@@ -56,7 +55,7 @@ def capture(
     import torch
 
     _check_arguments(model, example)
-    example = beside(model, widened(example))
+    example = _apart(beside(model, widened(example)))
     wanted = dynamic_dims(example, dynamic)
     _check_example(model, example, wanted)
     without_values = on_meta(model)
@@ -65,7 +64,7 @@ def capture(
     def export() -> ExportedProgram:
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
 
-    with _evaluating(model), structured(model), wide(model), placed(model), _plain_modes(), _quiet():
+    with _evaluating(model), structured(model), wide(model), placed(model), _plain_modes(), quiet_torch():
         try:
             # torch prints the graph so far to stderr before it raises; the error says it better.
             with redirect_stderr(io.StringIO()) as printed:
@@ -100,18 +99,9 @@ def _plain_modes() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch copies its own pytree specs in a way that it deprecates itself; nobody here can do anything about it."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints what it then raises
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)
+def _apart(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The example with a tensor of its own for each name: export makes one input of one tensor given twice."""
+    return {name: tensor.view(tensor.shape) for name, tensor in example.items()}
 
 
 def _check_example(model: nn.Module, example: Mapping[str, Tensor], wanted: Dims) -> None:
