@@ -19,8 +19,10 @@ from xdsl.dialects.builtin import (
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 from xdsl.rewriter import InsertPoint, Rewriter
 
+from ..dialects.errors import UsageError
 from ..dialects.formats import Rounding, default_scale_rule, is_wide
 from ..dialects.instances import format_of, name_of
+from ..dialects.operations._origin import parameters_of
 from ..dialects.operations._values import hint_of, path_of
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
@@ -113,12 +115,35 @@ class Site:
         decided = self.operation.attributes.get("rule")
         return decided.value.data if isinstance(decided, IntegerAttr) else None
 
+    def rounded(self) -> str | None:
+        """Why no format can be given any more: the value itself is narrow, as in an artefact. None where it is wide.
+
+        A cast can be replaced, for what it rounds is still there. What is stored or yielded in a format is all there is:
+        another format would round it a second time, cost what it costs, and bring nothing back.
+        """
+        if self.is_probabilities:
+            return None
+        values = [root(self.value), *(parameter.result for parameter in parameters_of(self.value))]
+        formats = [cast(TensorType, value.type).element_type for value in values]
+        narrow = next((format for format in formats if not is_wide(format)), None)
+        if narrow is None:
+            return None
+        return (
+            f"is {name_of(narrow)} already, and no wide values stand behind it: another format would round it twice; "
+            "give the format when the model is compiled"
+        )
+
     def layout(self, format: str) -> Attribute:
         """The type of a named format, laid out for this operand: blocks run along what the operation sums over."""
         return format_of(format, rank=len(self.shape), dims=self._reduced())
 
     def retype(self, format: str, how: Rounding | None = None) -> None:
-        """Round this operand into `format`; readers of one value that round it alike share one cast."""
+        """Round this operand into `format`; readers of one value that round it alike share one cast.
+
+        UsageError where the value under all casts is narrow already (`rounded`).
+        """
+        if reason := self.rounded():
+            raise UsageError(f"{self.name} {reason}")
         type, how = self.layout(format), how or Rounding()
         how = Rounding(how.scale_rule or default_scale_rule(type), how.rounding, how.clip, how.seed)
         if self.is_probabilities:

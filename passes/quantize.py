@@ -16,10 +16,9 @@ from ..dialects.errors import UsageError, did_you_mean
 from ..dialects.formats import Rounding, default_scale_rule, verify_tensor
 from ..dialects.formats._format import POWER_OF_TWO_RULES
 from ..dialects.instances import format_of
-from ..dialects.operations._origin import is_weight
-from ..dialects.operations.opaque import AtenOp
+from ._absent import absent, opaque, without_sites
 from ._pattern import search
-from ._sites import Role, Site, module_name, sites
+from ._sites import Role, Site, sites
 
 _KEYS: dict[Role, str] = {
     "weight": "weights",
@@ -82,7 +81,9 @@ class Quantize(ModulePass):
             concerned = [s for s in chosen if s.role == role]
             if not concerned and self.keep is None:
                 what = f"{_KEYS[role]}={format!r} has no effect"
-                raise RuleError(rule, f"{what}: none of the modules that {self.match!r} matches has such an operand")
+                left = opaque(op, ("attention",)) if role in ("attention", "cache") else ""
+                why = f"none of the modules that {self.match!r} matches has such an operand{left}"
+                raise RuleError(rule, f"{what}: {why}")
             for site in concerned:
                 self._check_lies(rule, site, format)
         for role, format in formats.items():
@@ -122,7 +123,9 @@ class Quantize(ModulePass):
                 raise RuleError(rule, f"unknown kind {kind!r}{did_you_mean(kind, (*CONTRACTIONS, 'embedding'))}")
 
     def _check_lies(self, rule: int, site: Site, format: str) -> None:
-        """Raise RuleError where blocks of the format do not lie on the operand."""
+        """Raise RuleError where blocks of the format do not lie on the operand, or it is narrow for good."""
+        if reason := site.rounded():
+            raise RuleError(rule, f"{site.name} {reason}")
         try:
             verify_tensor(TensorType(site.layout(format), site.shape))
         except VerifyException as error:
@@ -155,27 +158,16 @@ class Quantize(ModulePass):
         if matched:
             return matched
         if not every:
-            raise RuleError(rule, f"{self.match!r} matches nothing: {_without_sites(module)}")
+            raise RuleError(rule, f"{self.match!r} matches nothing: {without_sites(module)}")
         names = {s.module: s.kind for s in every if s.kind in kinds}
+        if not names and self.kind:
+            raise RuleError(rule, absent(self.kind, every, module))
         other = {s.module: s.kind for s in every if matches(self.match, s.module)}
         hint = did_you_mean(self.match.strip("*."), names)
         if other:
             name, kind = next(iter(other.items()))
             hint = f"; {name} is of kind {kind}: name it with kind={kind}"
         raise RuleError(rule, f"{self.match!r} matches 0 of {len(names)} modules{hint or nearest(self.match, names)}")
-
-
-def _without_sites(module: ModuleOp) -> str:
-    """Why there is nothing to quantize: no contraction, or weights that only torch operators read."""
-    readers = [op for op in module.walk() if isinstance(op, AtenOp) and any(map(is_weight, op.operands))]
-    if not readers:
-        return "the model has no contraction (linear, conv, matmul, attention)"
-    named = list(dict.fromkeys(f"{module_name(op)} ({op.target.data})" for op in readers))
-    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-    return (
-        f"the model's weights are read by torch operators that have no structured operation and stay wide: "
-        f"{', '.join(named[:8])}{more}; write them with linear, conv or matmul to give them formats"
-    )
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -6,6 +6,7 @@
 
 import pytest
 
+from mxloom.dialects.errors import UsageError
 from mxloom.dialects.mx import context, parse_module
 from mxloom.passes._sites import sites
 from mxloom.passes.quantize import Quantize, RuleError
@@ -109,6 +110,14 @@ def test_an_embedding_is_reached_by_its_kind():
             Quantize(attention="mxint8"),
             "rule 1: attention='mxint8' has no effect: none of the modules that '*' matches has such an operand",
         ),
+        (
+            Quantize(kind=("conv",), weights="mxfp4"),
+            "rule 1: the model has no module of kind conv; its kinds are embedding (1), linear (3)",
+        ),
+        (
+            Quantize(kind=("attention", "matmul"), match="head", attention="mxint8"),
+            "rule 1: the model has no module of kind attention or matmul; its kinds are embedding (1), linear (3)",
+        ),
         (Quantize(), "rule 1: the rule names no format; give weights=, activations=, attention=, cache= or keep="),
         (
             Quantize(keep="bf16", weights="mxfp4"),
@@ -123,6 +132,44 @@ def test_a_rule_without_effect_is_an_error(rule: Quantize, message: str):
         run(parse_module(MODEL), rule)
     assert str(caught.value) == message
     assert caught.value.exit_status == 2
+
+
+OPAQUE = """
+!heads = tensor<1x4x?x32xf32>
+func.func @forward(%q: !heads, %x: tensor<?x32xf32>) -> (!heads, tensor<?x32xf32>) {
+  %attn.sdpa = mx.aten "aten.scaled_dot_product_attention.default"(%q, %q, %q) {query, key, value}
+    : (!heads, !heads, !heads) -> !heads
+  %w = mx.parameter "w" : tensor<32x32xf32>
+  %out = mx.linear %x, %w : (tensor<?x32xf32>, tensor<32x32xf32>) -> tensor<?x32xf32>
+  func.return %attn.sdpa, %out : !heads, tensor<?x32xf32>
+}
+"""
+KEPT = (
+    "; attn.sdpa (aten.scaled_dot_product_attention.default): kept as torch has it, an operator that carries no format"
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            Quantize(kind=("attention",), attention="mxint8"),
+            "rule 1: the model has no module of kind attention; its kinds are linear (1)" + KEPT,
+        ),
+        (
+            Quantize(attention="mxint8"),
+            "rule 1: attention='mxint8' has no effect: none of the modules that '*' matches has such an operand" + KEPT,
+        ),
+        (
+            Quantize(kind=("conv",), weights="mxint8"),
+            "rule 1: the model has no module of kind conv; its kinds are linear (1)",
+        ),
+    ],
+)
+def test_attention_that_stays_torchs_is_named_where_a_rule_asks_for_it(rule: Quantize, message: str):
+    with pytest.raises(RuleError) as caught:
+        run(parse_module(OPAQUE), rule)
+    assert str(caught.value) == message
 
 
 def test_a_rule_behind_one_that_took_everything_is_an_error():
@@ -167,3 +214,48 @@ def test_retyping_again_leaves_no_cast_behind():
         site.retype("mxint4")
     assert len(casts(module)) == 5
     assert set(formats(module).values()) == {"!mx.block<32x!mx.fixed<4, 2>>"}
+
+
+STORED = """
+func.func @forward(%x: tensor<?x64xf32>) -> tensor<?x64xf32> {
+  %a.weight = mx.parameter "a.weight" : tensor<64x64x!mx.block<32xf4E2M1FN>>
+  %a = mx.linear %x, %a.weight : (tensor<?x64xf32>, tensor<64x64x!mx.block<32xf4E2M1FN>>) -> tensor<?x64xf32>
+  func.return %a : tensor<?x64xf32>
+}
+"""
+
+YIELDED = """
+func.func @forward(%x: tensor<?x64xf32>) -> tensor<?x64xf32> {
+  %w = mx.parameter "w" : tensor<64x64xf32>
+  %a = mx.linear %x, %w : (tensor<?x64xf32>, tensor<64x64xf32>) -> tensor<?x64x!mx.fixed<8, 4>>
+  %b = mx.linear %a, %w : (tensor<?x64x!mx.fixed<8, 4>>, tensor<64x64xf32>) -> tensor<?x64xf32>
+  func.return %b : tensor<?x64xf32>
+}
+"""
+
+
+@pytest.mark.parametrize("format", ["mxint6", "mxfp4", "bf16", "f32", "mxint2"])
+def test_what_is_stored_or_yielded_in_a_format_is_not_rounded_again(format):
+    """Rounding twice can only lose: no cast is put behind a value whose wide form is gone, by whatever pass."""
+    for text, name, had in ((STORED, "a.weight", "mxfp4"), (YIELDED, "b.input", "fixed<8,4>")):
+        module = parse_module(text)
+        site = next(site for site in sites(module) if site.name == name)
+        with pytest.raises(UsageError, match=f"^{name} is {had} already, and no wide values stand behind it"):
+            site.retype(format)
+        with pytest.raises(RuleError, match=f"{name} is {had} already"):
+            run(module, Quantize(weights=format, activations=format))
+        assert str(module) == str(parse_module(text))
+
+
+def test_a_stored_weight_does_not_keep_its_operation_from_other_formats():
+    module = run(parse_module(STORED), Quantize(activations="mxint8"))
+    assert formats(module)["a.input"] == "!mx.block<32x!mx.fixed<8, 6>>"
+
+
+def test_a_cast_is_replaced_and_not_stacked():
+    module = run(parse_module(MODEL), Quantize(weights="mxfp4"))
+    for site in sites(module):
+        if site.role == "weight" and not site.is_wide:
+            site.retype("mxint6")
+    assert all("mxfp4" not in cast for cast in casts(module))
+    assert len(casts(module)) == 3
