@@ -118,7 +118,7 @@ class Site:
     def rounded(self) -> str | None:
         """Why no format can be given any more: the value itself is narrow, as in an artefact. None where it is wide.
 
-        A cast can be replaced, for what it rounds is still there. What is stored or yielded in a format is all there is:
+        A cast can be replaced: what it rounds is still there. What is stored or yielded in a format is all there is:
         another format would round it a second time, cost what it costs, and bring nothing back.
         """
         if self.is_probabilities:
