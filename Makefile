@@ -49,6 +49,7 @@ check: .venv/.dev
 	$(PYTEST) -m "not slow and not nightly"
 
 bench: .venv/.dev .venv/.models
+	$(BIN)/python benchmarks/kernels_table.py docs/performance.md
 	$(BIN)/python benchmarks/capture_table.py
 	$(if $(TEXT),$(BIN)/python benchmarks/minilm_table.py "$(TEXT)",@echo "published models: make bench TEXT=wiki.txt")
 	$(if $(TEXT),$(BIN)/python benchmarks/smollm2_table.py "$(TEXT)")

@@ -22,7 +22,7 @@ def test_figures_of_a_format_and_the_reason_of_one_without_a_kernel(capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mxpf4"], "unknown format 'mxpf4'; did you mean mxfp4"),
+        (["mxpf4"], "unknown format 'mxpf4' (did you mean"),
         (["--rounds", "0"], "rounds is a whole number from 1 to 1000, got 0"),
     ],
 )

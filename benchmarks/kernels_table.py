@@ -1,0 +1,168 @@
+"""Kernels against torch's copy_, textbook code and torchao, on the machine at hand (run: kernels_table.py [MARKDOWN]).
+
+One process, one thread, all contestants of a row in turn, medians of CPU time; then two threads against one. With a
+file name the page is written there (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import mxloom
+from mxloom.backends.kernels.measurement import LARGE, SMALL, Measured, copy_bandwidth, measure
+
+TEXTBOOK = {"mxfp4": (2, 1, 6.0), "mxfp6_e2m3": (2, 3, 7.5), "mxfp8_e4m3": (4, 3, 448.0), "mxfp8_e5m2": (5, 2, 57344.0)}
+"""Exponent bits, mantissa bits, largest value of the element."""
+
+TORCHAO = {"mxfp4": "float4_e2m1fn_x2", "mxfp8_e4m3": "float8_e4m3fn", "mxfp8_e5m2": "float8_e5m2"}
+
+PAGE = """# How fast the kernels are
+
+`make bench` (or `python benchmarks/kernels_table.py docs/performance.md`) writes this page; `mxloom bench` prints the
+first table on any machine.
+
+{machine}
+
+Fake quantization of f32 in preallocated memory, one thread, medians of CPU time with all contestants of a row in
+turn. *of copy*: speed as a share of torch's `copy_` (1 is the speed of memory; a format with a scale of the whole
+tensor must read it twice, which bounds it at 0.67). *x definition*: how many times faster than the same numerics in
+torch's operations (`dialects/formats`); *x textbook*: than log2, floor and round in eager torch as papers print them
+(power-of-two scale from the largest magnitude, no special values); *x torchao*: than
+`MXTensor.to_mx(...).dequantize()` of torchao {torchao}. *first use*: CPU milliseconds until a format has rounded its
+first tensor, with nothing kept, and with the kernel on disk.
+
+{table}
+
+{threads}
+
+What limits it: from memory, the bandwidth that `copy_` reaches too ({memory:.1f} GB/s here, read and written;
+{cache:.1f} GB/s in cache). In cache, instructions: about 20 vector instructions for each register of values against
+two of a copy, so a processor with 512-bit registers comes nearer. NVFP4 divides every element, by its definition, and
+reads the tensor once more for the tensor's scale. A first use is xDSL's construction and printing of the code (two
+thirds) and LLVM's code generation.
+"""
+
+
+def main() -> None:
+    rows = [_row(measure(name)) for name in mxloom.formats() if name not in ("bf16", "f16", "f32")]
+    heads = ["format", "of copy, 4096 x 4096", "of copy, 128 x 1024", "x definition", "x textbook", "x torchao"]
+    head = f"| {' | '.join([*heads, 'first use, ms', 'from disk, ms'])} |"
+    table = "\n".join([head, "|---|---:|---:|---:|---:|---:|---:|---:|", *rows])
+    page = PAGE.format(
+        machine=_machine(),
+        torchao=version("torchao"),
+        table=table,
+        threads=_threads(),
+        memory=copy_bandwidth(LARGE) / 1e9,
+        cache=copy_bandwidth(SMALL) / 1e9,
+    )
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(page, encoding="utf-8")
+    print(page)
+
+
+def _row(measured: Measured) -> str:
+    name = measured.format
+    if measured.why_not is not None:
+        return f"| {name} | {measured.why_not} | | | | | | |"
+    ours, textbook, torchao = _against(name)
+    others = [f"{time / ours:.0f}" if time else "" for time in (textbook, torchao)]
+    figures = [f"{figure:.2f}" for figure in (measured.from_memory, measured.in_cache)] + [f"{measured.over_eager:.0f}"]
+    uses = [f"{1e3 * seconds:.1f}" for seconds in (measured.first_use, measured.from_disk)]
+    return f"| {name} | {' | '.join([*figures, *others, *uses])} |"
+
+
+def _against(name: str) -> tuple[float, float, float]:
+    """CPU seconds of ours, textbook code and torchao on the large tensor; 0 where there is none."""
+    torch.set_num_threads(1)
+    x = torch.randn(LARGE)
+    out = torch.empty_like(x)
+    runs: list[Callable[[], object]] = [lambda: mxloom.fake_quantize(x, name, out=out)]
+    runs.append((lambda: _textbook(x, *TEXTBOOK[name])) if name in TEXTBOOK else lambda: None)
+    runs.append(_torchao(x, TORCHAO[name]) if name in TORCHAO else lambda: None)
+    times: list[list[float]] = [[], [], []]
+    for _ in range(3):
+        for run, found in zip(runs, times, strict=True):
+            found.append(_cpu_time(run))
+    ours, *others = (statistics.median(found) for found in times)
+    textbook, torchao = (time if time > ours / 100 else 0.0 for time in others)
+    return ours, textbook, torchao
+
+
+def _textbook(x: torch.Tensor, exponent_bits: int, mantissa_bits: int, largest: float) -> torch.Tensor:
+    """OCP MX 1.0 section 6.3 with floor scales, as one writes it in eager torch."""
+    blocks = x.reshape(-1, 32)
+    top = torch.floor(torch.log2(torch.tensor(largest)))
+    scale = 2 ** (torch.floor(torch.log2(blocks.abs().amax(-1, keepdim=True))) - top)
+    values = blocks / scale
+    lowest = 2 - 2 ** (exponent_bits - 1)
+    exponent = torch.floor(torch.log2(values.abs() + (values == 0))).clamp(min=lowest)
+    step = 2 ** (exponent - mantissa_bits)
+    return ((values / step).round() * step).clamp(-largest, largest).mul(scale).reshape(x.shape)
+
+
+def _torchao(x: torch.Tensor, element: str) -> Callable[[], object]:
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+    dtype = getattr(torch, element)
+    return lambda: MXTensor.to_mx(x, dtype, 32).dequantize(torch.float32)
+
+
+def _cpu_time(run: Callable[[], object]) -> float:
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
+def _threads() -> str:
+    """Two threads against one, wall time: ours beside copy_."""
+    x = torch.randn(LARGE)
+    out = torch.empty_like(x)
+    runs: dict[str, Callable[[], object]] = {
+        "copy_": lambda: out.copy_(x),
+        "mxfp4": lambda: mxloom.fake_quantize(x, "mxfp4", out=out),
+        "nvfp4": lambda: mxloom.fake_quantize(x, "nvfp4", out=out),
+    }
+    times: dict[tuple[str, int], list[float]] = {(name, count): [] for name in runs for count in (1, 2)}
+    for _ in range(7):
+        for (name, count), found in times.items():
+            torch.set_num_threads(count)
+            begin = time.perf_counter()
+            runs[name]()
+            found.append(time.perf_counter() - begin)
+    gains = {name: statistics.median(times[name, 1]) / statistics.median(times[name, 2]) for name in runs}
+    return (
+        "Two threads against one (wall time): " + ", ".join(f"{name} {gain:.2f}x" for name, gain in gains.items()) + "."
+    )
+
+
+def _machine() -> str:
+    from mxloom.backends.kernels.native import features
+
+    sets = [name for name in ("avx2", "avx512f", "avx512vnni", "avxvnni", "neon", "sve") if name in features()]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "xdsl", "llvmlite"))
+    vectors = ", ".join(sets) or "no wide vectors"
+    return f"Measured on {_processor()} ({vectors}), {versions}, Python {platform.python_version()}."
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    import llvmlite.binding as llvm
+
+    named = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return f"{named}, {llvm.get_host_cpu_name()}"
+
+
+if __name__ == "__main__":
+    main()
