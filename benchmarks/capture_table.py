@@ -55,6 +55,16 @@ _IMAGES: dict[str, Any] = {
     "patch_size": 8,
 }
 _MOE: dict[str, Any] = {**_GROUPED, "num_local_experts": 4, "sliding_window": None}
+_T5: dict[str, Any] = {
+    "vocab_size": 128,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
 _GPT_OSS: dict[str, Any] = {
     **_GROUPED,
     "num_local_experts": 4,
@@ -96,6 +106,10 @@ def _classifier(config: Any) -> nn.Module:
     return transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
 
 
+def _sequences(config: Any) -> nn.Module:
+    return transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
+
+
 def _image_classifier(config: Any) -> nn.Module:
     return transformers.AutoModelForImageClassification.from_config(config, attn_implementation="eager")
 
@@ -112,6 +126,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: _classifier(transformers.BertConfig(**_TEXT)),
     "roberta": lambda: _classifier(transformers.RobertaConfig(**{**_TEXT, "pad_token_id": 1})),
     "distilbert": lambda: _classifier(transformers.DistilBertConfig(**_DISTIL)),
+    "t5": lambda: _sequences(transformers.T5Config(**_T5)),
     "vit": lambda: _image_classifier(transformers.ViTConfig(**_IMAGES)),
     "resnet": lambda: _image_classifier(
         transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
@@ -159,7 +174,10 @@ def inputs(name: str, batch: int = 2, length: int = 10, *, padded: bool = True) 
     mask = torch.ones(batch, length, dtype=torch.long)
     if padded:
         mask[0, :3] = 0
-    return {"input_ids": torch.randint(3, 128, (batch, length), generator=generator), "attention_mask": mask}
+    given = {"input_ids": torch.randint(3, 128, (batch, length), generator=generator), "attention_mask": mask}
+    if name == "t5":
+        given["decoder_input_ids"] = torch.randint(3, 128, (batch, length - 3), generator=generator)
+    return given
 
 
 def tensors(output: Any) -> list[Tensor]:

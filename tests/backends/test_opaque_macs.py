@@ -58,6 +58,29 @@ def test_opaque_products_are_counted_and_listed(model: nn.Module, shape: tuple[i
     assert "100.0% of MACs: kept as a torch operator" in share.summary()
 
 
+class Attends(nn.Module):
+    """Attention as torch has it, masked or not."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unsqueeze(1).expand(-1, 2, -1, -1)
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads, **self.how)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"is_causal": True}, {"attn_mask": torch.ones(TIME, TIME).tril().bool()}], ids=["all", "causal", "mask"]
+)
+def test_attention_of_torch_is_counted_whole(how: dict[str, Any]) -> None:
+    """Two products over all pairs of positions, each as wide as a head; nothing of it is unknown."""
+    compiled = mxloom.compile(Attends(**how), example={"x": torch.randn(BATCH, TIME, IN)}, dynamic=False)
+    assert compiled.cost().macs == 2 * BATCH * 2 * TIME * TIME * IN
+    assert {why for _, _, why in compiled.coverage().wide} == {OPAQUE}
+    assert UNKNOWN not in compiled.coverage().summary()
+
+
 def test_an_operator_that_nobody_can_count_is_named() -> None:
     class Inverse(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
