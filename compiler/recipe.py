@@ -19,6 +19,9 @@ from pydantic import (
 )
 
 from ..dialects.errors import MxloomError, UsageError, shortened
+from ..dialects.formats import default_scale_rule
+from ..dialects.formats._format import POWER_OF_TWO_RULES
+from ..dialects.instances import format_of
 from .pipeline import LARGEST, parse_passes, quoted
 from .recipe_errors import explained, mistaken, spoken
 from .recipe_text import SIZE_LIMIT, Reader, Where
@@ -109,11 +112,17 @@ class Rule(_Strict):
         """Whether the rule rounds stochastically, by its own word or the recipe's."""
         return (self.rounding or recipe.rounding) == "stochastic"
 
+    def takes_scale_rule(self) -> bool:
+        """Whether one of its formats has power-of-two scales, which alone are chosen by a rule."""
+        given = (self.weights, self.activations, self.attention, self.cache)
+        return any(default_scale_rule(format_of(text)) in POWER_OF_TWO_RULES for text in given if text is not None)
+
     def options(self, recipe: Recipe) -> dict[str, Any]:
         """The options of the pass `quantize`, with the recipe's scale rule, rounding and seed where they apply."""
         options = self.model_dump(exclude_none=True)
         if self.keep is None:
-            defaults = {"scale_rule": recipe.scale_rule, "rounding": recipe.rounding}
+            scale_rule = recipe.scale_rule if self.takes_scale_rule() else None
+            defaults = {"scale_rule": scale_rule, "rounding": recipe.rounding}
             options = {key: value for key, value in defaults.items() if value is not None} | options
         ordered = {key: options[key] for key in Rule.model_fields if key in options}
         return ordered | ({"seed": recipe.seed} if options.get("rounding") == "stochastic" else {})
@@ -151,6 +160,8 @@ class Recipe(_Strict):
         for name in ("scale_rule", "rounding"):
             if getattr(self, name) is not None and all(getattr(rule, name) is not None for rule in narrow):
                 raise ValueError(f"{name} has no effect: no rule in quantize is without one of its own")
+        if self.scale_rule is not None and not any(r.takes_scale_rule() for r in narrow if r.scale_rule is None):
+            raise ValueError("scale_rule has no effect: no format in quantize has power-of-two scales")
         if "seed" in self.model_fields_set and not any(rule.rounds_by_chance(self) for rule in narrow):
             raise ValueError("seed has no effect: nothing in quantize has rounding: stochastic")
         return self

@@ -280,3 +280,16 @@ def test_the_pipeline_of_a_run_repeats_it() -> None:
     assert str(again.module) == str(first.module)
     assert again.provenance["pipeline"] == first.provenance["pipeline"]
     assert torch.equal(again(x), first(x))
+
+
+def test_a_recipe_s_scale_rule_leaves_formats_with_float_scales_alone() -> None:
+    rules = [{"match": "0", "weights": "mxfp4"}, {"weights": "nvfp4", "activations": "int8_tensor"}]
+    recipe = Recipe.from_dict({"quantize": rules, "scale_rule": "floor"})
+    first, second = recipe.quantize
+    assert first.options(recipe) == {"match": "0", "weights": "mxfp4", "scale_rule": "floor"}
+    assert second.options(recipe) == {"weights": "nvfp4", "activations": "int8_tensor"}
+
+
+def test_a_recipe_s_scale_rule_that_no_format_takes_is_refused() -> None:
+    with pytest.raises(UsageError, match="scale_rule has no effect: no format in quantize has power-of-two scales"):
+        Recipe.from_dict({"quantize": [{"weights": "nvfp4"}], "scale_rule": "floor"})
