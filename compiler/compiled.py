@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
+    from ..backends.kernels.conversions import Conversion
+
 
 SEQUENCE = 512
 """Tokens of the forward that costs are stated for where nothing else is said."""
@@ -86,6 +88,13 @@ class Compiled:
         from ..backends.emulate import build
 
         return build(self.module, self.weights)
+
+    @property
+    def conversions(self) -> tuple[Conversion, ...]:
+        """The formats that values are rounded into at run time; whether a native kernel does it, or why not."""
+        from ..backends.kernels.conversions import conversions
+
+        return conversions(self.emulation)
 
     def arguments(self, *inputs: Tensor, **named: Tensor) -> list[Tensor]:
         """The inputs in the module's order and dtypes.
