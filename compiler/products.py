@@ -82,13 +82,13 @@ def _drop_same_layouts(graph: Graph) -> None:
         if node.target is aten.permute.default:
             same = [dim % rank for dim in node.args[1]] == list(range(rank))
         else:
-            same = rank == _rank(given) and all(map(_same_size, node.meta["val"].shape, given.meta["val"].shape))
+            same = rank == _rank(given) and all(map(same_size, node.meta["val"].shape, given.meta["val"].shape))
         if same:
             node.replace_all_uses_with(given)
             graph.erase_node(node)
 
 
-def _same_size(one: Any, other: Any) -> bool:
+def same_size(one: Any, other: Any) -> bool:
     """Whether two sizes are written alike; asks nothing of symbolic ones."""
     if isinstance(one, int) and isinstance(other, int):
         return one == other
