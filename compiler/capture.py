@@ -15,6 +15,7 @@ from ._quiet import quiet_torch
 from .attention_interface import register, structured
 from .decomposition import decomposed
 from .dynamic_sizes import Dims, advice, dynamic_dims, frozen, model_frame
+from .part_counts import uncovered
 from .placeholders import beside, on_meta, placed
 from .precision import wide, widened
 from .products import composites
@@ -73,7 +74,7 @@ def capture(
             fault = None if without_values else _fault_of_example(model, example)
             raise CaptureError(fault or _explain(error, model)) from error
         sys.stderr.write(printed.getvalue())
-        found = frozen(program, wanted, export)
+        found = frozen(program, wanted, export) or uncovered(program, wanted, export)
         if found is not None:
             raise CaptureError(
                 f"{type(model).__name__}: {found.rule}\n  at {_place(found.frame)}\n"

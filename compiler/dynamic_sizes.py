@@ -97,24 +97,35 @@ def frozen(program: ExportedProgram, wanted: Dims, export_again: Callable[[], ob
             if not isinstance(size, torch.SymInt):
                 return Frozen(f"dimension {dim} of input {name} became the constant {size}", None, name, dim, size)
             if size.node.expr.is_number:
-                frame = _first_frame(export_again, str(size.node._expr))
+                # torch logs that it replaces a symbol by a number as it does it
+                frame = first_frame(export_again, rf"set_replacement {size.node._expr} = ")
                 return Frozen(
                     f"dimension {dim} of input {name} became the constant {int(size)}", frame, name, dim, int(size)
                 )
     return _branch(inputs)
 
 
-def _branch(inputs: Mapping[str, Any]) -> Frozen | None:
+def input_sizes(inputs: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Input and dimension of each symbol that export made of a size."""
     import torch
 
-    sizes = {
-        str(size.node._expr): f"{name}.shape[{dim}]"
+    return {
+        str(size.node._expr): (name, dim)
         for name, tensor in inputs.items()
         if isinstance(tensor, torch.Tensor)
         for dim, size in enumerate(tensor.shape)
         if isinstance(size, torch.SymInt)
     }
-    environment = next((size.node.shape_env for t in inputs.values() for size in _symbolic(t)), None)
+
+
+def shape_environment(inputs: Mapping[str, Any]) -> Any:
+    """Where torch keeps what it asked of the symbols; None where there are none."""
+    return next((size.node.shape_env for t in inputs.values() for size in _symbolic(t)), None)
+
+
+def _branch(inputs: Mapping[str, Any]) -> Frozen | None:
+    sizes = {symbol: f"{name}.shape[{dim}]" for symbol, (name, dim) in input_sizes(inputs).items()}
+    environment = shape_environment(inputs)
     for guard in environment.guards if environment is not None else ():
         frame = guard.sloc.framework_loc
         if isinstance(frame, FrameSummary) and not is_foreign(frame.filename):
@@ -146,9 +157,9 @@ def model_frame(stack: traceback.StackSummary) -> FrameSummary | None:
     return frames[-1] if frames else None
 
 
-def _first_frame(export_again: Callable[[], object], symbol: str) -> FrameSummary | None:
-    """Where the model's code was when torch replaced the symbol by a number: torch logs that as it does it."""
-    with _listening(rf"set_replacement {symbol} = ") as heard:
+def first_frame(export_again: Callable[[], object], pattern: str) -> FrameSummary | None:
+    """Where the model's code was when torch first logged a line on symbolic shapes that matches."""
+    with _listening(pattern) as heard:
         export_again()
     return heard[0] if heard else None
 
