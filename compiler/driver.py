@@ -56,7 +56,7 @@ def compile(
     chosen = _recipe(recipe, weights, activations)
     if chosen and chosen.evaluate:
         read_text(_folder(chosen) / chosen.evaluate.text)  # what cannot be measured is told before the work
-    source = model if isinstance(model, ModelSource) else open_model(model, example=example)
+    source = open_model(model, example=example)
     if dynamic is not None:
         source.set_dynamic(dynamic)
     reference = _reference(source, chosen)
@@ -114,12 +114,13 @@ def import_source(source: ModelSource, report: Report | None = None) -> ModuleOp
         from .simplify import simplify
 
         program = simplify(capture(source.model, source.example(), dynamic=source.dynamic))
+        names = output_names(program)
         module = import_program(program)
         module.verify()
         for name, value in constants(program).items():
             if name not in source.weights:
                 source.weights.put(name, value)
-        name_outputs(module, output_names(program))
+        name_outputs(module, names)
         parameters = [op for op in module.walk() if isinstance(op, ParameterOp)]
         for op in parameters:  # export names a tied weight by its last use, checkpoints by its first
             op.source = StringAttr(source.weights.canonical(op.source.data))
@@ -220,14 +221,26 @@ def name_outputs(module: ModuleOp, names: tuple[str, ...]) -> None:
 
 
 def output_names(program: ExportedProgram) -> tuple[str, ...]:
-    """The names of the model's outputs, flat, in order; none where the model yields one bare tensor."""
+    """The names of the model's outputs, flat, in order, None left out; empty where the model yields a bare tensor."""
     from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
     spec = program.call_spec.out_spec
-    if spec is None or spec.is_leaf():
-        return ()
-    paths, _ = tree_flatten_with_path(tree_unflatten([0] * spec.num_leaves, spec))
-    return tuple("_".join(_key(k, first=i == 0) for i, k in enumerate(path)) for path, _ in paths)
+    leaves: Any = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    bare = spec is None or spec.is_leaf()
+    paths: list[Any] = [()]
+    if spec is not None and not bare:
+        paths, _ = tree_flatten_with_path(tree_unflatten([0] * spec.num_leaves, spec))
+    names = ["_".join(_key(k, first=i == 0) for i, k in enumerate(path[0] if path else ())) for path in paths]
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf is not None and not hasattr(leaf, "meta"):
+            place = f" as {name}" if name else ""
+            raise MxloomError(
+                f"the model yields {leaf!r}{place}, and a module yields tensors: leave it out of what forward returns, "
+                "or make it a tensor; a size that is to change needs `dynamic`"
+            )
+    if all(leaf is None for leaf in leaves):
+        raise MxloomError("the model yields no tensor: return what it computes from forward")
+    return () if bare else tuple(name for name, leaf in zip(names, leaves, strict=True) if leaf is not None)
 
 
 def _key(key: Any, *, first: bool) -> str:

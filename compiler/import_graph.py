@@ -53,7 +53,7 @@ def constants(program: ExportedProgram) -> dict[str, Tensor]:
 
     held = {spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
     return {
-        name: value.detach()
+        name: value.detach().clone()  # plain tensor attributes of the live model are among them
         for name, value in program.constants.items()
         if name in held and isinstance(value, torch.Tensor)
     }

@@ -118,6 +118,11 @@ def open_model(
     if kind is not None and kind not in TASKS:
         raise UsageError(f"unknown kind {kind!r}{did_you_mean(kind, TASKS)}; these are: {', '.join(TASKS)}.")
     if isinstance(source, ModelSource):
+        if example is not None:
+            raise UsageError(
+                f"{source.name} is opened already, with an example of its own: give the example where it is opened, or "
+                "compile the model itself"
+            )
         return source
     if example is not None and not isinstance(example, Mapping):
         raise UsageError(
