@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import sys
+import threading
 import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 __all__ = ["CaptureError", "capture", "register", "structured"]
+
+
+_CAPTURING = threading.RLock()
 
 
 class CaptureError(MxloomError):
@@ -65,7 +69,8 @@ def capture(
     def export() -> ExportedProgram:
         return torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
 
-    with _evaluating(model), structured(model), wide(model), placed(model), _plain_modes(), quiet_torch():
+    # What export switches on holds for the whole process, so one thread captures at a time.
+    with _CAPTURING, _evaluating(model), structured(model), wide(model), placed(model), _plain_modes(), quiet_torch():
         try:
             # torch prints the graph so far to stderr before it raises; the error says it better.
             with redirect_stderr(io.StringIO()) as printed:
@@ -82,7 +87,10 @@ def capture(
                 "  do: write it for every size (-1, or the input's own shape), or name the dimensions that may change: "
                 f"{advice(found, example, wanted)}"
             )
-        return _functional(program, wanted)
+        try:
+            return _functional(program, wanted)
+        except Exception as error:
+            raise CaptureError(_explain(error, model)) from error
 
 
 def _functional(program: ExportedProgram, wanted: Dims) -> ExportedProgram:
@@ -166,6 +174,9 @@ def _explain(error: Exception, model: nn.Module) -> str:
         advice = "write it with torch.where or torch.cond, or keep the branch outside the model"
     else:
         rule = first_line(error)
+        if isinstance(error, IndexError | AssertionError):
+            rule = f"torch's export does not take it ({rule}); gradient modes that a forward sets "
+            rule += "(torch.no_grad, torch.set_grad_enabled) are known for that"
         advice = "export needs a forward that is free of side effects and takes the example's inputs by name"
     where = _place(model_frame(traceback.extract_tb(error.__traceback__)))
     return f"{type(model).__name__} cannot be captured\n  at {where}\n  because {rule}\n  do: {advice}"
