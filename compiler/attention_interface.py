@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..dialects import torch_operators
+from ..dialects.errors import MxloomError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME = "mxloom"
+
+_OWN_MASKS = '_attn_implementation in ("eager", "sdpa")'
+"""Stands in the code of models that mask by an index of their own for these two alone."""
+
+_OWN_ARGUMENTS = ("sinks", "indices", "block_indices")
+"""What some models give to their attention beyond the interface, and what changes its values."""
 
 
 def register() -> None:
@@ -29,8 +38,9 @@ def register() -> None:
 def structured(model: nn.Module) -> Iterator[None]:
     """Inside, attention and experts are our operators and no cache is used; afterwards the model is as it was.
 
-    A model that writes its attention inside itself (falcon, bloom) keeps it; a module that is not of transformers is
-    left alone.
+    A model that writes its attention inside itself (falcon, bloom) keeps it, and so does one whose eager attention
+    takes or prepares what our operator does not have (sparse indices, sinks of every query); a module that is not of
+    transformers is left alone.
     """
     if not hasattr(model, "set_attn_implementation"):
         yield
@@ -55,9 +65,22 @@ def structured(model: nn.Module) -> Iterator[None]:
 
 def _select(model: Any) -> None:
     try:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation("eager" if _is_own_kind(model) else NAME)
     except ValueError:
         model.set_attn_implementation("eager")
+
+
+def _is_own_kind(model: nn.Module) -> bool:
+    """Whether a part computes attention in its own way: by an argument that we do not take, or by eager's masks."""
+    known = inspect.signature(attention_forward).parameters
+    for kind in {type(part) for part in model.modules()}:
+        eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if eager is None or "ALL_ATTENTION_FUNCTIONS" not in (source := inspect.getsource(kind.forward)):
+            continue
+        taken = [p for p in inspect.signature(eager).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        if any(parameter.name not in known for parameter in taken) or _OWN_MASKS in source:
+            return True
+    return False
 
 
 def attention_forward(
@@ -73,7 +96,7 @@ def attention_forward(
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention contract as flash attention has it: attention_mask is padding [B, K] or a whole 4-D mask.
 
@@ -83,6 +106,10 @@ def attention_forward(
     """
     import torch
 
+    if unknown := [name for name in _OWN_ARGUMENTS if others.get(name) is not None]:
+        raise MxloomError(
+            f"{type(module).__name__} gives its attention {unknown[0]!r}, which mx.attention does not have"
+        )
     rounding = getattr(module, "mxloom_attention", {})
     query, key, value = (
         rounding[name](tensor) if name in rounding else tensor
