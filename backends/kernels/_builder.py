@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from math import copysign
 from typing import Any, Literal
 
 from xdsl.dialects import arith, math, vector
@@ -37,15 +39,17 @@ class Builder:
 
     def __init__(self, block: Block, lanes: int) -> None:
         self.block, self.lanes = block, lanes
+        self._constants: dict[Hashable, SSAValue] = {}
 
     def integer(self, value: int) -> SSAValue:
         """An i32 constant; bit patterns above 2^31 wrap."""
         wrapped = value - (1 << 32) if value >= 1 << 31 else value
-        return self._add(arith.ConstantOp(IntegerAttr(wrapped, 32)))
+        return self._once(("integer", wrapped), lambda: arith.ConstantOp(IntegerAttr(wrapped, 32)))
 
     def number(self, value: float) -> SSAValue:
         """An f32 constant."""
-        return self._add(arith.ConstantOp(FloatAttr(value, 32)))
+        sign = copysign(1.0, value)  # the zeros are equal, and two constants
+        return self._once(("number", value, sign), lambda: arith.ConstantOp(FloatAttr(value, 32)))
 
     def bits(self, value: SSAValue) -> SSAValue:
         """The bits of f32 as i32."""
@@ -61,7 +65,8 @@ class Builder:
         if isinstance(owner, arith.ConstantOp):  # a constant vector is an operand of the instruction itself
             assert isinstance(owner.value, FloatAttr | IntegerAttr)
             kind: Any = VectorType(value.type, [self.lanes])
-            return self._add(arith.ConstantOp(DenseIntOrFPElementsAttr.from_list(kind, [owner.value.value.data])))
+            lanes = [owner.value.value.data]
+            return self._once(value, lambda: arith.ConstantOp(DenseIntOrFPElementsAttr.from_list(kind, lanes)))
         return self._add(vector.BroadcastOp(value, VectorType(value.type, [self.lanes])))
 
     def add(self, a: SSAValue, b: SSAValue) -> SSAValue:
@@ -155,6 +160,12 @@ class Builder:
                 },
             )
         )
+
+    def _once(self, key: Hashable, make: Callable[[], Operation]) -> SSAValue:
+        """A constant that is made when it is first asked for."""
+        if key not in self._constants:
+            self._constants[key] = self._add(make())
+        return self._constants[key]
 
     def _add(self, operation: Operation) -> SSAValue:
         self.block.add_op(operation)
