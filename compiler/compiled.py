@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
+from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, ModuleOp, StringAttr
 from xdsl.dialects.func import FuncOp
 
 from ..backends.cost import Cost, cost
@@ -39,9 +39,10 @@ LARGEST_SIZE = 2**20
 class Compiled:
     """A typed module, its weights, and the model it came from.
 
-    Called with the model's inputs by name or in the module's order, it yields the model's outputs (a named tuple;
-    a bare tensor where the model yields one), with the exact numerics of the types. Float inputs of another dtype than
-    the module reads, which is f32 whatever the model's own, are converted: exactly from bf16 and f16.
+    Called with the model's inputs by name or in the module's order, it yields the model's outputs (a named tuple with
+    None where the model yields it; a bare tensor where the model yields one), with the exact numerics of the types.
+    Float inputs of another dtype than the module reads, which is f32 whatever the model's own, are converted: exactly
+    from bf16 and f16.
     """
 
     module: ModuleOp
@@ -63,7 +64,9 @@ class Compiled:
             results = self.emulation(*arguments)
         if not self.outputs:
             return results[0]
-        return namedtuple("Outputs", field_names(self.outputs))(*results)
+        found, absent = iter(results), self._absent
+        values = [None if place in absent else next(found) for place in range(len(self.outputs))]
+        return namedtuple("Outputs", field_names(self.outputs))(*values)
 
     @property
     def function(self) -> FuncOp:
@@ -76,11 +79,19 @@ class Compiled:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of the model's outputs; empty where the model yields a bare tensor."""
+        """The names of the model's outputs, of those too that are None; empty where the model yields a bare tensor."""
         names = self.function.attributes.get("outputs")
         if not isinstance(names, ArrayAttr):
             return ()
         return tuple(name.data for name in names.data if isinstance(name, StringAttr))
+
+    @property
+    def _absent(self) -> tuple[int, ...]:
+        """The places of the outputs that are None."""
+        places = self.function.attributes.get("absent")
+        if not isinstance(places, ArrayAttr):
+            return ()
+        return tuple(place.value.data for place in places.data if isinstance(place, IntegerAttr))
 
     @cached_property
     def emulation(self) -> GraphModule:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
+from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, ModuleOp, StringAttr
 
 from ..backends.weight_store import WeightStore
 from ..dialects.errors import MxloomError, UsageError
@@ -114,13 +114,13 @@ def import_source(source: ModelSource, report: Report | None = None) -> ModuleOp
         from .simplify import simplify
 
         program = simplify(capture(source.model, source.example(), dynamic=source.dynamic))
-        names = output_names(program)
+        outputs = output_names(program)
         module = import_program(program)
         module.verify()
         for name, value in constants(program).items():
             if name not in source.weights:
                 source.weights.put(name, value)
-        name_outputs(module, names)
+        name_outputs(module, *outputs)
         parameters = [op for op in module.walk() if isinstance(op, ParameterOp)]
         for op in parameters:  # export names a tied weight by its last use, checkpoints by its first
             op.source = StringAttr(source.weights.canonical(op.source.data))
@@ -213,15 +213,21 @@ def _at_line(error: RuleError, recipe: Recipe | None) -> MxloomError:
     return UsageError(f"{recipe.path}:{recipe.line_of(error.rule - 1)}: {error.message}")
 
 
-def name_outputs(module: ModuleOp, names: tuple[str, ...]) -> None:
-    """Note the names of the model's outputs on the module's function."""
+def name_outputs(module: ModuleOp, names: tuple[str, ...], absent: tuple[int, ...] = ()) -> None:
+    """Note the names of the model's outputs on the module's function, and the places of those that are always None."""
     function = next(iter(module.body.block.ops))
     if names:
         function.attributes["outputs"] = ArrayAttr([StringAttr(n) for n in names])
+    if absent:
+        function.attributes["absent"] = ArrayAttr([IntegerAttr(place, 64) for place in absent])
 
 
-def output_names(program: ExportedProgram) -> tuple[str, ...]:
-    """The names of the model's outputs, flat, in order, None left out; empty where the model yields a bare tensor."""
+def output_names(program: ExportedProgram) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The names of the model's outputs, flat, in order, and the places of those that are None.
+
+    No names where the model yields a bare tensor. Raises MxloomError for an output that is neither a tensor, nor a
+    number that follows from sizes, nor None.
+    """
     from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
     spec = program.call_spec.out_spec
@@ -240,7 +246,7 @@ def output_names(program: ExportedProgram) -> tuple[str, ...]:
             )
     if all(leaf is None for leaf in leaves):
         raise MxloomError("the model yields no tensor: return what it computes from forward")
-    return () if bare else tuple(name for name, leaf in zip(names, leaves, strict=True) if leaf is not None)
+    return () if bare else tuple(names), tuple(place for place, leaf in enumerate(leaves) if leaf is None)
 
 
 def _key(key: Any, *, first: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
+from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, ModuleOp, StringAttr
 from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.utils.exceptions import DiagnosticException, ParseError
 
@@ -63,16 +63,24 @@ def check_module(module: ModuleOp) -> None:
 
 
 def _check_outputs(function: FuncOp, results: int) -> None:
-    names = function.attributes.get("outputs")
+    names, absent = function.attributes.get("outputs"), function.attributes.get("absent")
     if names is None:
-        if results != 1:
+        if results != 1 or absent is not None:
             raise MxloomError(f"the function yields {results} values without names: the attribute outputs is missing.")
         return
     found = [name for name in names if isinstance(name, StringAttr)] if isinstance(names, ArrayAttr) else []
-    if len(found) != results:
+    places = [place for place in absent if isinstance(place, IntegerAttr)] if isinstance(absent, ArrayAttr) else []
+    if len(found) != results + len(places):
         raise MxloomError(
-            f"outputs = {shortened(str(names))}: it must be a list of {results} names, one for each result."
+            f"outputs = {shortened(str(names))}: it must be a list of {results + len(places)} names, one for each "
+            f"result{' and one for each that is absent' if places else ''}."
         )
+    if absent is None:
+        return
+    wanted = {place.value.data for place in places}
+    listed = isinstance(absent, ArrayAttr) and len(wanted) == len(absent.data) > 0
+    if not listed or not wanted < set(range(len(found))):
+        raise MxloomError(f"absent = {shortened(str(absent))}: it must be a list of places among the outputs.")
 
 
 def _check_call(op: Operation) -> None:

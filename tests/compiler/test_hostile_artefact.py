@@ -132,6 +132,14 @@ def test_links_are_no_files_of_an_artefact(artefact: Path, name: str, tmp_path: 
     [
         ('outputs = ["logits"]', 'outputs = ["logits", "more"]', "it must be a list of 1 names"),
         ('outputs = ["logits"]', "outputs = [3 : i64]", "it must be a list of 1 names"),
+        ('outputs = ["logits"]', 'absent = [1 : i64], outputs = ["logits"]', "it must be a list of 2 names"),
+        (
+            'outputs = ["logits"]',
+            'absent = [2 : i64], outputs = ["logits", "more"]',
+            "a list of places among the outputs",
+        ),
+        ('outputs = ["logits"]', 'absent = ["more"], outputs = ["logits"]', "a list of places among the outputs"),
+        ('outputs = ["logits"]', "absent = [0 : i64]", "the attribute outputs is missing"),
         ("builtin.module {", "builtin.module {\n  func.func private @more()", "a module holds one function"),
     ],
 )

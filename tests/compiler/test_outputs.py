@@ -1,4 +1,4 @@
-"""What a model yields beside tensors: None is left out, anything else is refused; and what it holds is its own."""
+"""What a model yields beside tensors: None comes back, anything else is refused; and what it holds is its own."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,21 +26,34 @@ class Yields(nn.Module):
 @pytest.mark.parametrize(
     ("function", "names"),
     [
-        (lambda x: (x * 2, None), ("output_0",)),
-        (lambda x: (None, x * 2), ("output_1",)),
-        (lambda x: {"a": x * 2, "n": None, "b": x + 1}, ("a", "b")),
-        (lambda x: x * 2, ()),
+        (lambda x: (x * 2, None), ("output_0", "output_1")),
+        (lambda x: (None, x * 2), ("output_0", "output_1")),
+        (lambda x: {"a": x * 2, "n": None, "b": x + 1}, ("a", "n", "b")),
+        (lambda x: (x * 2, x.shape[0], None, x.shape[0] / 2), tuple(f"output_{place}" for place in range(4))),
     ],
 )
-def test_none_among_the_outputs_is_left_out(
+def test_none_among_the_outputs_comes_back_in_its_place(
     function: Callable[[Tensor], Any], names: tuple[str, ...], tmp_path: Path
 ) -> None:
+    """And sizes come back as those of the input."""
     compiled = mxloom.compile(Yields(function), example={"x": X})
     compiled.save(tmp_path / "saved")
+    x = torch.arange(12.0).reshape(3, 4)
+    expected = function(x)
     for model in (compiled, mxloom.load(tmp_path / "saved")):
         assert model.outputs == names
-        found = model(X + 1)
-        assert torch.equal(found[0] if names else found, (X + 1) * 2)
+        found, wanted = model(x), expected.values() if isinstance(expected, dict) else expected
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other) if isinstance(other, Tensor) else one == other
+
+
+def test_attention_without_its_weights_yields_none_for_them() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    compiled = mxloom.compile(Yields(lambda x: attention(x, x, x, need_weights=False)), example={"x": x})
+    found, weights = compiled(x)
+    torch.testing.assert_close(found, attention(x, x, x, need_weights=False)[0])
+    assert weights is None
 
 
 @pytest.mark.parametrize(
