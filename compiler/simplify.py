@@ -5,6 +5,7 @@ The graph stays runnable, so that torch itself remains the oracle for every step
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 from ..dialects import torch_operators
@@ -102,8 +103,10 @@ def _chunk_size(node: Node) -> Any:
 
 
 def _plain_batch_norm(graph: Graph, node: Node) -> None:
-    """Batch norm at inference has three results, two of them empty; use the operator with one."""
+    """Batch norm at inference has three results, two of them empty; use the operator with one where only it is read."""
     tensors, (momentum, eps) = node.args[:5], node.args[5:]
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users):
+        return
     for user in list(node.users):
         user.meta = {**node.meta, "val": user.meta["val"]}
         _replace(graph, user, _aten().batch_norm.default, (*tensors, False, momentum, eps, False))

@@ -206,8 +206,15 @@ class TorchOperation(Operation):
         return any(name in declared and is_flag(type(self), name) for name in aten.fields(argument))
 
     def computes_in(self) -> Attribute | None:
-        """The widest float among operands and results (a format counts as f32), or None where all are the same."""
-        return widest(element for value in (*self.operands, *self.results) if (element := _float(value)) is not None)
+        """The widest float among operands and results (a format counts as f32), or None where all are the same.
+
+        Operands without dimensions do not count beside others: torch computes in the type of those.
+        """
+        floats = [value for value in self.operands if _float(value) is not None]
+        sized = [value for value in floats if isinstance(value.type, TensorType) and value.type.get_num_dims() > 0]
+        return widest(
+            element for value in (*(sized or floats), *self.results) if (element := _float(value)) is not None
+        )
 
     def print(self, printer: Printer) -> None:
         print_operation(self, printer)

@@ -64,6 +64,19 @@ MODELS: dict[str, tuple[Written, Tensor]] = {
     "a norm with a weight for each row": (Written(lambda m, x: m.w * norm(x), w=R(4, 1)), R(4, 8)),
     "a norm with one number": (Written(lambda m, x: m.w * norm(x), w=R(1)), R(4, 8)),
     "a norm with a matrix": (Written(lambda m, x: norm(x) * m.w, w=R(4, 8)), R(8)),
+    "batch norm of which all results are read": (
+        Written(
+            lambda m, x: torch.cat(
+                [y.flatten() for y in torch.native_batch_norm(x, m.w, m.b, m.w, m.v, False, 0.1, 0.5)]
+            ),
+            w=R(8),
+            b=R(8),
+            v=R(8).abs(),
+        ),
+        R(4, 8),
+    ),
+    "bf16 plus an f32 number": (Written(lambda m, x: x.bfloat16() + m.c, c=torch.tensor(1.2345678)), R(64, 8)),
+    "f32 plus an f64 number": (Written(lambda m, x: x * m.c.double() + m.c.double(), c=torch.tensor(1.3)), R(64, 8)),
     "dropout that is on": (Written(lambda _, x: torch.dropout(x * 0 + 1, 0.999, True) * 0 + x), R(4, 8)),
 }
 
