@@ -174,7 +174,7 @@ def _is_constant(value: SSAValue) -> bool:
 
 def _returns_several(call: Call) -> bool:
     schema = getattr(call.target, "_schema", None)
-    return schema is not None and (len(schema.returns) > 1 or "[]" in str(schema.returns[0].type))
+    return schema is not None and (len(schema.returns) > 1 or str(schema.returns[0].type).startswith("List["))
 
 
 def _format_suffix(value: SSAValue) -> str:

@@ -83,3 +83,12 @@ def test_parts_that_make_up_every_size_are_kept(name: str) -> None:
     for size in (4, 5, 6, 7, 9, 12):
         x = torch.randn(size, 7)
         assert torch.equal(compiled(x), function(x)), size
+
+
+def test_a_list_of_one_part_is_a_list() -> None:
+    class Parts(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([part * 2 for part in (*x.split(100), *x.chunk(1, 1))])
+
+    x = torch.arange(9.0).reshape(3, 3)
+    assert torch.equal(mxloom.compile(Parts(), example={"x": x}, dynamic=False)(x), torch.cat([x * 2, x * 2]))
