@@ -44,7 +44,7 @@ first tensor, with nothing kept, and with the kernel on disk.
 {threads}
 
 What limits it: from memory, the bandwidth that `copy_` reaches too ({memory:.1f} GB/s here, read and written;
-{cache:.1f} GB/s in cache). In cache, instructions: about 20 vector instructions for each register of values against
+{cache:.1f} GB/s in cache). In cache, instructions: about 16 vector instructions for each register of values against
 two of a copy, so a processor with 512-bit registers comes nearer. NVFP4 divides every element, by its definition, and
 reads the tensor once more for the tensor's scale. A first use is xDSL's construction and printing of the code (two
 thirds) and LLVM's code generation.
