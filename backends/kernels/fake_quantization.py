@@ -146,10 +146,15 @@ def fake_quantize(
 
     if out is not None:
         _check_out(out, x)
+    if torch.compiler.is_compiling():  # one operator in the graph, and no look at addresses while it is traced
+        rounded = operator("mxloom.quantize.default")(
+            x, str(laid_out(format, x, dim)), scale_rule, rounding, clip, seed
+        )
+        return rounded if out is None else out.copy_(rounded)
     if isinstance(format, str) and _is_plain(x) and switched_off() is None:
         with suppress(TypeError):  # an argument of a wrong kind, for the checks below to name
             prepared = _prepare_named(format, scale_rule, rounding, dim, clip, seed, x.shape, x.dtype)
-            if isinstance(prepared, Prepared) and (out is None or not _overlap(x, out)):
+            if isinstance(prepared, Prepared) and (out is None or _takes(out, x)):
                 return prepared(x, out)
     how = Rounding(scale_rule=scale_rule, rounding=rounding, clip=clip, seed=seed)
     fmt = laid_out(format, x, dim)
@@ -165,7 +170,7 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
         if _is_plain(x.detach()) and switched_off() is None:
             prepared = prepare(fmt, how, tuple(x.shape), x.dtype)
             if isinstance(prepared, Prepared):
-                if out is None or not _overlap(x, out):
+                if out is None or _takes(out, x):
                     return prepared(x.detach(), out)
                 return out.copy_(prepared(x.detach(), None))
         rounded = formats.quantize(x, fmt, how)
@@ -173,11 +178,22 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether `x` is an ordinary CPU tensor that takes no part in gradients, whose memory a kernel may read."""
+    """Whether `x` is an ordinary CPU tensor that takes no part in gradients, whose memory holds its values.
+
+    The memory of a lazily negated tensor holds others, that of lazy zeros, of a tensor inside `torch.vmap` or under a
+    mode that makes up tensors (export, fake tensors) none.
+    """
     import torch
+    from torch._C._functorch import is_functorch_wrapped_tensor
 
     return (
-        type(x) is torch.Tensor and x.is_cpu and not x.requires_grad and x.layout == torch.strided and not x.is_nested
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and not x.requires_grad
+        and x.layout == torch.strided
+        and not (x.is_nested or x.is_neg() or x._is_zerotensor())
+        and not is_functorch_wrapped_tensor(x)
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -195,11 +211,13 @@ def _check_out(out: Any, x: Tensor) -> None:
         raise UsageError("out requires a gradient, which a tensor that is overwritten cannot have: use out.detach()")
 
 
-def _overlap(x: Tensor, out: Tensor) -> bool:
-    """Whether the two share memory other than place for place."""
-    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+def _takes(out: Tensor, x: Tensor) -> bool:
+    """Whether a kernel may write into `out`: plain memory, shared with `x` place for place or not at all."""
+    if not _is_plain(out):
         return False
-    return x.data_ptr() != out.data_ptr() or x.stride() != out.stride()
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        return True
+    return x.data_ptr() == out.data_ptr() and x.stride() == out.stride()
 
 
 @cache

@@ -112,7 +112,7 @@ def _floats(x: Tensor, fmt: Attribute) -> Tensor:
         raise UsageError("x lies on the meta device and has no values to round")
     if not x.is_floating_point() or x.dtype in (torch.float8_e8m0fnu, torch.float4_e2m1fn_x2):
         raise UsageError(f"only float tensors are rounded into {fmt}, got {x.dtype}: convert it first")
-    return x.detach()
+    return x.detach().clone() if x._is_zerotensor() else x.detach()  # lazy zeros refuse to be worked on in place
 
 
 def _kind(x: Tensor) -> str:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import mxloom
 from mxloom.backends.kernels import native
-from mxloom.backends.kernels.fake_quantization import reference_only, why_not
+from mxloom.backends.kernels.fake_quantization import reference_only, register, why_not
 from mxloom.dialects import formats
 from mxloom.dialects.errors import MxloomError, UsageError
 from mxloom.dialects.formats import Rounding
@@ -202,3 +203,31 @@ def test_what_torch_makes_by_default_changes_nothing(format: str) -> None:
         assert torch.equal(found, expected)
     with torch.device("meta"):
         assert torch.equal(mxloom.fake_quantize(x, format), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_memory_that_holds_other_values_or_none() -> None:
+    """Lazily negated tensors, lazy zeros, tensors inside vmap, fake tensors: values count, not what lies in memory."""
+    x = DATA["normal"]
+    expected = formats.quantize(x, format_of("mxint8", rank=2))
+    negated = torch.ops.aten._neg_view(-x)
+    assert torch.equal(mxloom.fake_quantize(negated, "mxint8"), expected)
+    out = torch.ops.aten._neg_view(torch.empty_like(x))
+    assert torch.equal(mxloom.fake_quantize(x, "mxint8", out=out), expected)
+    imaginary = torch.complex(x, x).conj().imag
+    assert torch.equal(mxloom.fake_quantize(imaginary, "mxint8"), formats.quantize(-x, format_of("mxint8", rank=2)))
+    zeros = torch.ops.aten._efficientzerotensor([4, 64])
+    assert torch.equal(mxloom.fake_quantize(zeros, "mxint8"), torch.zeros(4, 64))
+    assert torch.equal(torch.vmap(lambda row: mxloom.fake_quantize(row, "mxint8"))(x), expected)
+    register()
+    assert torch.equal(torch.ops.mxloom.quantize(negated, str(format_of("mxint8", rank=2))), expected)
+    assert torch.equal(torch.ops.mxloom.quantize(zeros, str(format_of("mxint8", rank=2))), torch.zeros(4, 64))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert mxloom.fake_quantize(x, "mxint8").shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore")  # torch tells what it traces
+def test_a_compiled_function_rounds_alike() -> None:
+    x = DATA["normal"]
+    compiled = torch.compile(lambda x: mxloom.fake_quantize(x, "mxint8") + 1, backend="eager")
+    assert torch.equal(compiled(x), formats.quantize(x, format_of("mxint8", rank=2)) + 1)
