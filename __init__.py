@@ -41,7 +41,8 @@ __all__ = [*_HOMES]  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAl
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mxloom' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = getattr(import_module(_HOMES[name], __name__), name)  # asked for once
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -143,10 +143,11 @@ def fake_quantize(
     On a CPU a kernel made for the format does the work (`why_not` says where it does not); the bits are the same.
     """
     import torch
+    from torch.compiler import is_compiling
 
     if out is not None:
         _check_out(out, x)
-    if torch.compiler.is_compiling():  # one operator in the graph, and no look at addresses while it is traced
+    if is_compiling():  # one operator in the graph, and no look at addresses while it is traced
         rounded = operator("mxloom.quantize.default")(
             x, str(laid_out(format, x, dim)), scale_rule, rounding, clip, seed
         )
