@@ -112,8 +112,6 @@ def results(op: Operation, call: Call, values: Mapping[SSAValue, Any]) -> list[A
     if isinstance(op, CastOp):
         return [found]  # it has rounded; NVFP4 and others would change once more
     several = list(found) if isinstance(found, tuple | list) else [found]
-    if isinstance(op, CastOp):
-        return several
     return [_rounded(value, result.type) for value, result in zip(several, op.results, strict=True)]
 
 

@@ -19,8 +19,7 @@ from pydantic import (
 )
 
 from ..dialects.errors import MxloomError, UsageError, shortened
-from ..dialects.formats import default_scale_rule
-from ..dialects.formats._format import POWER_OF_TWO_RULES
+from ..dialects.formats import takes_scale_rule
 from ..dialects.instances import format_of
 from .pipeline import LARGEST, parse_passes, quoted
 from .recipe_errors import explained, mistaken, spoken
@@ -113,9 +112,9 @@ class Rule(_Strict):
         return (self.rounding or recipe.rounding) == "stochastic"
 
     def takes_scale_rule(self) -> bool:
-        """Whether one of its formats has power-of-two scales, which alone are chosen by a rule."""
+        """Whether one of its formats has scales that a rule chooses."""
         given = (self.weights, self.activations, self.attention, self.cache)
-        return any(default_scale_rule(format_of(text)) in POWER_OF_TWO_RULES for text in given if text is not None)
+        return any(takes_scale_rule(format_of(text)) for text in given if text is not None)
 
     def options(self, recipe: Recipe) -> dict[str, Any]:
         """The options of the pass `quantize`, with the recipe's scale rule, rounding and seed where they apply."""

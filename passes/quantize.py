@@ -13,7 +13,7 @@ from xdsl.passes import ModulePass
 from xdsl.utils.exceptions import VerifyException
 
 from ..dialects.errors import UsageError, did_you_mean
-from ..dialects.formats import Rounding, default_scale_rule, verify_tensor
+from ..dialects.formats import Rounding, takes_scale_rule, verify_tensor
 from ..dialects.formats._format import POWER_OF_TWO_RULES
 from ..dialects.instances import format_of
 from ._absent import absent, opaque, without_sites
@@ -139,7 +139,7 @@ class Quantize(ModulePass):
 
     def _scale_rule(self, format: Attribute) -> str | None:
         """The rule's own where the format has power-of-two scales; other scales have one rule only."""
-        return self.scale_rule if default_scale_rule(format) in POWER_OF_TWO_RULES else None
+        return self.scale_rule if takes_scale_rule(format) else None
 
     def _check_scale_rule(self, rule: int, formats: dict[Role, str]) -> None:
         if self.scale_rule is None:

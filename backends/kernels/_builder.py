@@ -148,19 +148,6 @@ class Builder:
         """Towards zero to a whole number; zeros keep their sign."""
         return self._add(math.TruncOp.create(operands=[value], result_types=[value.type]))
 
-    def largest(self, values: SSAValue) -> SSAValue:
-        """The largest lane of integers that are not negative."""
-        return self._add(
-            vector.ReductionOp.create(
-                operands=[values],
-                result_types=[i32],
-                properties={
-                    "kind": vector.CombiningKindAttr(vector.CombiningKindFlag("maxui")),
-                    "fastmath": arith.FastMathFlagsAttr("none"),
-                },
-            )
-        )
-
     def _once(self, key: Hashable, make: Callable[[], Operation]) -> SSAValue:
         """A constant that is made when it is first asked for."""
         if key not in self._constants:

@@ -53,7 +53,7 @@ def layout_of(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> Layout |
     Raises UsageError for options that mean nothing for the format, as rounding itself does.
     """
     numbers = _numbers(fmt, how)
-    if isinstance(numbers, str) or numbers.amax == "none":
+    if isinstance(numbers, str) or numbers.scale is None:
         return numbers if isinstance(numbers, str) else Layout("elements", numbers)
     assert isinstance(fmt, BlockType)
     tiling = fmt.tiling(shape)
@@ -63,7 +63,7 @@ def layout_of(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> Layout |
     if prod(tiling.grid) == 1 and size > LARGEST_VECTOR and not numbers.tensor_scale:
         return Layout("whole", numbers, size, 0, order)
     if size <= LARGEST_VECTOR and size & (size - 1) == 0:
-        return Layout("blocks", replace(numbers, lanes=size, amax="own"), size, 0, order)
+        return Layout("blocks", replace(numbers, lanes=size), size, 0, order)
     padding = -size % 8
     lanes = next(lanes for lanes in (32, 16, 8) if (size + padding) % lanes == 0)
     return Layout("rows", replace(numbers, lanes=lanes), size, padding, order if not padding else tiling)
@@ -90,7 +90,6 @@ def _scaled(fmt: BlockType, how: Rounding) -> BlockFunction | str:
     return _refusal(element) or BlockFunction(
         element,
         LANES,
-        "given",
         fmt.scale,
         rule,
         tensor_scale=fmt.tensor_scale != NoneAttr(),

@@ -11,14 +11,14 @@ from ...dialects.formats._scale import minifloat_of_scale
 from . import native
 from ._layout import LANES, Layout
 from .block_function import BlockFunction, block_function, element_function, magnitudes, scale_function
-from .lowering import GROUP, blocks_kernel, groups_kernel, largest_kernel, rows_kernel
+from .lowering import GROUP, groups_kernel, largest_kernel, pieces_kernel, rows_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
     from xdsl.dialects.builtin import ModuleOp
 
 SERIAL_BELOW = 1 << 17
-"""Values under which one thread rounds faster than a team wakes up."""
+"""Values under which no team of threads is woken: where other processes hold the cores, that can take milliseconds."""
 
 INFINITY_BITS = 0x7F800000
 
@@ -26,20 +26,19 @@ INFINITY_BITS = 0x7F800000
 class Prepared:
     """Rounds tensors of one shape and dtype (f32, bf16, f16) by a native kernel."""
 
-    def __init__(self, layout: Layout, clip: float | None, dtype: Any, count: int) -> None:
+    def __init__(self, layout: Layout, clip: float | None, dtype: Any) -> None:
         import torch
 
-        self.layout, self.clip, self.dtype, self.count = layout, clip, dtype, count
+        self.layout, self.clip, self.dtype = layout, clip, dtype
         numbers = layout.function
         self.in_place = layout.tiling is None and dtype == torch.float32
-        self._rows = layout.kind == "rows"
-        self._kernel = _rows_kernel(numbers) if self._rows else _blocks_kernel(numbers)
-        self._simple = layout.kind in ("blocks", "rows") and not numbers.tensor_scale
+        make = {"blocks": _groups_kernel, "rows": _rows_kernel}.get(layout.kind, _pieces_kernel)
+        self._kernel = make(numbers)
+        self._length = layout.size + layout.padding
         self._reach = numbers.element.largest
         if numbers.tensor_scale:
             assert numbers.scale is not None
             self._reach *= minifloat_of_scale(numbers.scale).largest
-        self._length = layout.size + layout.padding if self._rows else numbers.lanes
 
     def __call__(self, x: Tensor, out: Tensor | None) -> Tensor:
         """`x` rounded, into `out` where it is given; `out` may be `x`."""
@@ -50,7 +49,7 @@ class Prepared:
         at_hand = out is not None and out.dtype == torch.float32 and out.is_contiguous()
         target = out if at_hand else torch.empty(x.shape, dtype=torch.float32, device="cpu")
         assert target is not None
-        self._round(x, target, self.count)
+        self._round(x, target)
         return target if at_hand or out is None else out.copy_(target)
 
     def _in_order(self, x: Tensor, out: Tensor | None) -> Tensor:
@@ -63,7 +62,7 @@ class Prepared:
         if layout.padding:
             source = torch.nn.functional.pad(source.reshape(-1, layout.size), (0, layout.padding))
         target = torch.empty_like(source)
-        self._round(source, target, source.numel())
+        self._round(source, target)
         if layout.padding:
             target = target[:, : layout.size]
         if layout.tiling is not None:
@@ -73,34 +72,22 @@ class Prepared:
             target = target.clamp_(-top, top).to(self.dtype)
         return target.contiguous() if out is None else out.copy_(target)
 
-    def _round(self, source: Tensor, target: Tensor, count: int) -> None:
+    def _round(self, source: Tensor, target: Tensor) -> None:
+        count = source.numel()
         threads = 1 if count < SERIAL_BELOW else _team_size()
-        if self._simple:
-            blocks = count // self._length
-            self._kernel(
-                source.data_ptr(), target.data_ptr(), blocks, length=self._length, threads=min(threads, blocks)
-            )
+        if self.layout.kind not in ("blocks", "rows"):
+            given = largest_bits(source, threads) if self.layout.kind == "whole" else 0
+            _pieces(self._kernel, source, target, given, threads)
             return
-        numbers = self.layout.function
-        over = self._tensor_scale(source, threads) if numbers.tensor_scale else 1.0
-        if self.layout.kind in ("blocks", "rows"):
-            blocks = count // self._length
-            self._kernel(
-                source.data_ptr(),
-                target.data_ptr(),
-                blocks,
-                over=over,
-                length=self._length,
-                threads=min(threads, blocks),
-            )
-            return
-        given = largest_bits(source, threads) if self.layout.kind == "whole" else 0
-        _pieces(self._kernel, source, target, given, threads)
+        over = self._tensor_scale(source, threads) if self.layout.function.tensor_scale else 1.0
+        blocks = count // self._length
+        threads = min(threads, blocks)
+        self._kernel(source.data_ptr(), target.data_ptr(), blocks, over=over, length=self._length, threads=threads)
 
     def _tensor_scale(self, source: Tensor, threads: int) -> float:
         """The scale over the block scales: from the largest magnitude, NaN left out, infinity the largest float.
 
-        What `dialects/formats` computes on tensors of one number, in Python's floats, which is twenty times as fast:
+        What `dialects/formats` computes on tensors of one number, in Python's floats, which take less time:
         product and quotient of two f32 are exact in f64 or far from where rounding twice would matter.
         """
         bits = largest_bits(source, threads)
@@ -149,24 +136,24 @@ def _team_size() -> int:
 
 
 @lru_cache(maxsize=1024)
-def _blocks_kernel(numbers: BlockFunction) -> native.Kernel:
-    if numbers.amax != "own":
-        return native.Kernel(f"blocks {numbers}", lambda: blocks_kernel(block_function(numbers), "kernel"))
+def _pieces_kernel(numbers: BlockFunction) -> native.Kernel:
+    return native.Kernel(f"pieces {numbers}", lambda: pieces_kernel(block_function(numbers)))
+
+
+@lru_cache(maxsize=1024)
+def _groups_kernel(numbers: BlockFunction) -> native.Kernel:
     return native.Kernel(f"groups {numbers}", lambda: _groups(numbers))
 
 
 def _groups(numbers: BlockFunction) -> ModuleOp:
-    parts = magnitudes(numbers.lanes), scale_function(numbers, GROUP), element_function(numbers)
-    return groups_kernel(*parts, "kernel")
+    return groups_kernel(magnitudes(numbers.lanes), scale_function(numbers, GROUP), element_function(numbers))
 
 
 @lru_cache(maxsize=1024)
 def _rows_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(
-        f"rows {numbers}", lambda: rows_kernel(block_function(numbers), magnitudes(numbers.lanes), "kernel")
-    )
+    return native.Kernel(f"rows {numbers}", lambda: rows_kernel(block_function(numbers), magnitudes(numbers.lanes)))
 
 
 @lru_cache(maxsize=1)
 def _largest_kernel() -> native.Kernel:
-    return native.Kernel(f"largest {LANES}", lambda: largest_kernel(magnitudes(LANES), "kernel"))
+    return native.Kernel(f"largest {LANES}", lambda: largest_kernel(magnitudes(LANES)))

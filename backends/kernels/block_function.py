@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from struct import pack, unpack
-from typing import Literal
 
 from xdsl.dialects.builtin import FunctionType, VectorType, f8E8M0FNU, f32, i32
 from xdsl.dialects.func import FuncOp, ReturnOp
@@ -24,21 +23,17 @@ INFINITY = 0x7F800000
 LARGEST = unpack("<f", pack("<I", 0x7F7FFFFF))[0]
 """The largest finite f32."""
 
-Amax = Literal["own", "given", "none"]
-
 
 @dataclass(frozen=True)
 class BlockFunction:
     """The numbers that `@q` is written from.
 
-    `lanes` is how many values it takes at once: a whole block where `amax` is "own", any number where the block's
-    largest magnitude is "given" or there is no scale ("none"). `tensor_scale` says that block scales stand under a
-    scale of the tensor, which is given too. `clip` scales the largest magnitude.
+    `lanes` is how many values it takes at once. `scale` is None where there is none; `tensor_scale` says that block
+    scales stand under a scale of the tensor. `clip` scales the largest magnitude.
     """
 
     element: Element
     lanes: int
-    amax: Amax = "none"
     scale: Attribute | None = None
     rule: str = "absmax"
     tensor_scale: bool = False
@@ -47,22 +42,21 @@ class BlockFunction:
 
 
 def block_function(numbers: BlockFunction) -> FuncOp:
-    """`func @q(vector of lanes x f32, i32, f32) -> (vector of lanes x f32, i32)`.
+    """`func @q(vector of lanes x f32, i32, f32) -> vector of lanes x f32`: part of a block, or values without a scale.
 
-    The second argument are the bits of the block's largest magnitude where they are given, the third is the scale of
-    the tensor where there is one. The second result are the bits of the largest magnitude, 0 where there is no scale.
+    The second argument are the bits of the block's largest magnitude, the third is the scale of the tensor; neither is
+    read where there is none.
     """
     kind = VectorType(f32, [numbers.lanes])
     block = Block(arg_types=[kind, i32, f32])
-    values, given, over = block.args
+    values, largest, over = block.args
     b = Builder(block, numbers.lanes)
-    if numbers.amax == "none":
-        rounded, largest = _element(b, values, numbers), b.integer(0)
+    if numbers.scale is None:
+        rounded = _element(b, values, numbers)
     else:
-        largest = b.largest(b.magnitude_bits(values)) if numbers.amax == "own" else given
-        rounded = _scaled(b, values, largest, over, numbers)
-    block.add_op(ReturnOp(rounded, largest))
-    return FuncOp("q", FunctionType.from_lists([kind, i32, f32], [kind, i32]), Region(block))
+        rounded = _rounded(b, values, *_scales(b, largest, over, numbers), numbers)
+    block.add_op(ReturnOp(rounded))
+    return FuncOp("q", FunctionType.from_lists([kind, i32, f32], [kind]), Region(block))
 
 
 def magnitudes(lanes: int) -> FuncOp:
@@ -91,11 +85,6 @@ def element_function(numbers: BlockFunction) -> FuncOp:
     values, scale, divisor = block.args
     block.add_op(ReturnOp(_rounded(Builder(block, numbers.lanes), values, scale, divisor, numbers)))
     return FuncOp("elements", FunctionType.from_lists([kind] * 3, [kind]), Region(block))
-
-
-def _scaled(b: Builder, values: SSAValue, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> SSAValue:
-    """The values over their scale, rounded, and back."""
-    return _rounded(b, values, *_scales(b, largest, over, numbers), numbers)
 
 
 def _scales(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> tuple[SSAValue, SSAValue]:

@@ -10,14 +10,13 @@ from functools import cache, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from ...dialects import formats
+from ...dialects import formats, torch_operators
 from ...dialects.arguments import came
 from ...dialects.errors import UsageError
 from ...dialects.formats import Rounding
 from ...dialects.mx import parse_type
 from ...dialects.numbers import laid_out
 from ...dialects.torch_operators import operator
-from ...dialects.torch_operators import register as operators
 from . import native
 from ._layout import layout_of
 from ._prepared import Prepared
@@ -71,7 +70,7 @@ def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any) -
         return f"no kernel for {dtype}"
     if not prod(shape):
         return "there is nothing to round"
-    return native.why_not() or Prepared(layout, how.clip, dtype, prod(shape))
+    return native.why_not() or Prepared(layout, how.clip, dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -114,8 +113,7 @@ def quantize(
         prepared = _prepare_text(format, scale_rule, rounding, clip, seed, input.shape, input.dtype)
         if isinstance(prepared, Prepared):
             return prepared(input, None)
-    how = Rounding(scale_rule, rounding, clip, seed, threshold)
-    return formats.quantize(input, parse_type(format), how).contiguous()
+    return torch_operators.quantize(input, format, scale_rule, rounding, clip, seed, threshold)
 
 
 def fake_quantize(
@@ -153,10 +151,11 @@ def fake_quantize(
         )
         return rounded if out is None else out.copy_(rounded)
     if isinstance(format, str) and _is_plain(x) and switched_off() is None:
+        prepared = None
         with suppress(TypeError):  # an argument of a wrong kind, for the checks below to name
             prepared = _prepare_named(format, scale_rule, rounding, dim, clip, seed, x.shape, x.dtype)
-            if isinstance(prepared, Prepared) and (out is None or _takes(out, x)):
-                return prepared(x, out)
+        if isinstance(prepared, Prepared) and (out is None or _takes(out, x)):
+            return prepared(x, out)
     how = Rounding(scale_rule=scale_rule, rounding=rounding, clip=clip, seed=seed)
     fmt = laid_out(format, x, dim)
     if out is None and torch.is_grad_enabled() and x.requires_grad:
@@ -226,7 +225,7 @@ def register() -> object:
     """Give `mxloom::quantize` its kernels on the CPU, once; returns what keeps them alive."""
     import torch
 
-    operators()
+    torch_operators.register()
     library = torch.library.Library("mxloom", "IMPL")
     library.impl("quantize", quantize, "CPU")
     return library

@@ -39,7 +39,6 @@ _INTRINSICS: dict[type[Operation], str] = {
     arith.MinSIOp: "llvm.smin",
     math.RoundEvenOp: "llvm.roundeven",
     math.TruncOp: "llvm.trunc",
-    vector.ReductionOp: "llvm.vector.reduce.umax",
 }
 
 POINTER = llvm.LLVMPointerType()
@@ -154,33 +153,32 @@ _ARGUMENTS = (POINTER, POINTER, i64, i64, i32, f32, i64)
 """source, target, first and end of the blocks, bits of the largest magnitude, scale of the tensor, length of a row."""
 
 
-def blocks_kernel(function: FuncOp, name: str) -> ModuleOp:
-    """`i32 name(source, target, first, end, given, over, length)`: `@q` on the blocks [first, end) of contiguous f32.
+def pieces_kernel(function: FuncOp) -> ModuleOp:
+    """`i32 kernel(source, target, first, end, given, over, length)`: `@q` on pieces of as many f32 as it takes.
 
-    Yields the bits of the largest magnitude that `@q` saw. `given` and `over` are what `@q` takes beside its values;
-    `length` is not read: every kernel has the same arguments.
+    The pieces are those from `first` to `end`. Every kernel has the same arguments, read or not; it yields the bits of
+    the largest magnitude where it looks for one, else 0.
     """
     values = _vector(function)
-    lanes = values.get_shape()[0]
     writer, (source, target, first, end, given, over, _) = _start()
+    lanes = values.get_shape()[0]
 
-    def body(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+    def body(index: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
         offset = writer.add(llvm.MulOp(index, writer.constant(lanes)))
-        loaded = writer.load(writer.at(source, offset), values)
-        rounded, largest = writer.inline(function, [loaded, given, over])
+        (rounded,) = writer.inline(function, [writer.load(writer.at(source, offset), values), given, over])
         writer.store(rounded, writer.at(target, offset))
-        return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
+        return []
 
-    (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], body)
-    return _finish(writer, name, largest)
+    writer.loop(first, end, 1, [], body)
+    return _finish(writer, writer.constant(0, i32))
 
 
 GROUP = 8
 """Blocks whose scales are computed at once."""
 
 
-def groups_kernel(magnitudes: FuncOp, scale: FuncOp, elements: FuncOp, name: str) -> ModuleOp:
-    """The same arguments and result as `blocks_kernel`: the scales of eight blocks at a time, then their elements."""
+def groups_kernel(magnitudes: FuncOp, scale: FuncOp, elements: FuncOp) -> ModuleOp:
+    """The same arguments, for blocks: the scales of eight at a time, then their elements."""
     values = _vector(elements)
     lanes = values.get_shape()[0]
     writer, (source, target, first, end, _, over, _) = _start()
@@ -217,10 +215,10 @@ def groups_kernel(magnitudes: FuncOp, scale: FuncOp, elements: FuncOp, name: str
     none = writer.add(llvm.ConstantOp(_zeros(GROUP), VectorType(i32, [GROUP])))
     writer.store(none, tops)  # a last group may be short: what it leaves as it was has been counted already
     (seen,) = writer.loop(first, end, GROUP, [none], group)
-    return _finish(writer, name, writer.intrinsic("llvm.vector.reduce.umax", [seen], i32))
+    return _finish(writer, writer.intrinsic("llvm.vector.reduce.umax", [seen], i32))
 
 
-def rows_kernel(function: FuncOp, magnitudes: FuncOp, name: str) -> ModuleOp:
+def rows_kernel(function: FuncOp, magnitudes: FuncOp) -> ModuleOp:
     """The same arguments: each row of `length` values is one block, read for its largest magnitude, then rounded.
 
     `length` is a multiple of the lanes of both functions.
@@ -236,7 +234,7 @@ def rows_kernel(function: FuncOp, magnitudes: FuncOp, name: str) -> ModuleOp:
 
         def rounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             loaded = writer.load(writer.at(source, at), values)
-            result, _ = writer.inline(function, [loaded, largest, over])
+            (result,) = writer.inline(function, [loaded, largest, over])
             writer.store(result, writer.at(target, at))
             return []
 
@@ -244,15 +242,15 @@ def rows_kernel(function: FuncOp, magnitudes: FuncOp, name: str) -> ModuleOp:
         return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
 
     (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], row)
-    return _finish(writer, name, largest)
+    return _finish(writer, largest)
 
 
-def largest_kernel(magnitudes: FuncOp, name: str) -> ModuleOp:
+def largest_kernel(magnitudes: FuncOp) -> ModuleOp:
     """The same arguments: the bits of the largest magnitude in the blocks [first, end); nothing is written."""
     writer, (source, _, first, end, *_) = _start()
     lanes = writer.constant(_vector(magnitudes).get_shape()[0])
     start, behind = (writer.add(llvm.MulOp(bound, lanes)) for bound in (first, end))
-    return _finish(writer, name, _largest(writer, magnitudes, source, start, behind))
+    return _finish(writer, _largest(writer, magnitudes, source, start, behind))
 
 
 def _largest(writer: Writer, magnitudes: FuncOp, source: SSAValue, start: SSAValue, end: SSAValue) -> SSAValue:
@@ -273,10 +271,10 @@ def _start() -> tuple[Writer, Sequence[SSAValue]]:
     return Writer(Region(entry), entry), entry.args
 
 
-def _finish(writer: Writer, name: str, result: SSAValue) -> ModuleOp:
+def _finish(writer: Writer, result: SSAValue) -> ModuleOp:
     writer.block.add_op(llvm.ReturnOp(result))
     kind = llvm.LLVMFunctionType(_ARGUMENTS, result.type)
-    return ModuleOp([llvm.FuncOp(name, kind, linkage=llvm.LinkageAttr("external"), body=writer.region)])
+    return ModuleOp([llvm.FuncOp("kernel", kind, linkage=llvm.LinkageAttr("external"), body=writer.region)])
 
 
 def _vector(function: FuncOp) -> VectorType:

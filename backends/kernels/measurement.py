@@ -110,7 +110,13 @@ def _first_uses(name: str) -> tuple[float, float]:
 
 
 def _forget() -> None:
-    for function in (prepare, _prepared._blocks_kernel, _prepared._rows_kernel, _prepared._largest_kernel):
+    for function in (
+        prepare,
+        _prepared._pieces_kernel,
+        _prepared._groups_kernel,
+        _prepared._rows_kernel,
+        _prepared._largest_kernel,
+    ):
         function.cache_clear()
 
 

@@ -16,6 +16,7 @@ from ._interface import is_wide as is_wide
 from ._interface import quantize as quantize
 from ._interface import refusal as refusal
 from ._interface import storage_bits as storage_bits
+from ._interface import takes_scale_rule as takes_scale_rule
 from ._interface import verify_tensor as verify_tensor
 from .block import BlockType as BlockType
 from .fixed import FixedType as FixedType

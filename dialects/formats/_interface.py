@@ -13,7 +13,7 @@ from ..arguments import came
 from ..errors import MxloomError, UsageError
 from ._builtin import WIDE_FLOATS, Counted, ScaleOnly, numbers_of
 from ._encoded import Encoded
-from ._format import Format, Given, Rounding
+from ._format import POWER_OF_TWO_RULES, Format, Given, Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,11 @@ def refusal(fmt: Attribute) -> str | None:
 def is_wide(fmt: Attribute) -> bool:
     """Whether values of the type are what torch has: f64, f32, f16, bf16, and builtin integers and index."""
     return fmt in WIDE_FLOATS or isinstance(fmt, IntegerType | IndexType)
+
+
+def takes_scale_rule(fmt: Attribute) -> bool:
+    """Whether the format has power-of-two scales, which alone are chosen by a rule."""
+    return default_scale_rule(fmt) in POWER_OF_TWO_RULES
 
 
 def quantize(x: Tensor, fmt: Attribute, how: Rounding = _DEFAULT) -> Tensor:

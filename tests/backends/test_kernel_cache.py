@@ -15,7 +15,7 @@ from mxloom.backends.kernels import native, object_cache
 from mxloom.backends.kernels._prepared import Prepared
 from mxloom.backends.kernels.block_function import BlockFunction, block_function
 from mxloom.backends.kernels.fake_quantization import _prepare_named, prepare, why_not
-from mxloom.backends.kernels.lowering import blocks_kernel
+from mxloom.backends.kernels.lowering import pieces_kernel
 from mxloom.dialects import formats
 from mxloom.dialects.formats import Rounding
 from mxloom.dialects.formats._element import Fixed
@@ -35,7 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def made() -> native.Kernel:
     """A kernel that rounds to multiples of 1/64, made anew; checked on one block of known values."""
-    kernel = native.Kernel("multiples of 1/64", lambda: blocks_kernel(block_function(NUMBERS), "kernel"))
+    kernel = native.Kernel("multiples of 1/64", lambda: pieces_kernel(block_function(NUMBERS)))
     x = torch.arange(32) / 100.0
     found = torch.empty(32)
     kernel(x.data_ptr(), found.data_ptr(), 1)
