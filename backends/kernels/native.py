@@ -74,9 +74,9 @@ class Kernel:
 
     def __init__(self, identity: str, make: Callable[[], ModuleOp]) -> None:
         """A kernel whose code `make()` describes as its function `kernel`; `identity` tells it from all others."""
-        self._engine, self.from_cache = _compiled(identity, make)
+        self._engine, self.from_cache = compiled(identity, make, TASK if team() else "")
         self._function = _PROTOTYPE(self._engine.get_function_address("kernel"))
-        self._task = self._engine.get_function_address("task") if _team() else 0
+        self._task = self._engine.get_function_address("task") if team() else 0
 
     def __call__(
         self,
@@ -94,14 +94,15 @@ class Kernel:
             return self._function(source, target, 0, blocks, given, over, length)
         seen = (ctypes.c_int32 * threads)()
         arguments = _Arguments(source, target, blocks, length, given, over, ctypes.addressof(seen))
-        _team()(self._task, ctypes.addressof(arguments), threads, 0)
+        team()(self._task, ctypes.addressof(arguments), threads, 0)
         return max(seen)
 
 
-def _compiled(identity: str, make: Callable[[], ModuleOp]) -> tuple[Any, bool]:
+def compiled(identity: str, make: Callable[[], ModuleOp], task: str = "") -> tuple[Any, bool]:
     """An engine that holds the functions of a kernel, and whether their code came from the cache.
 
-    Its name in the cache comes from what decides about the code, so that a kept kernel is found without its IR.
+    `task` is LLVM IR beside that of the module: what a thread of a team runs. The name of the code in the cache comes
+    from what decides about the code, so that a kept kernel is found without its IR.
     """
     import llvmlite
     import llvmlite.binding as llvm
@@ -109,11 +110,11 @@ def _compiled(identity: str, make: Callable[[], ModuleOp]) -> tuple[Any, bool]:
     with _LOCK:
         processor = (llvm.get_process_triple(), llvm.get_host_cpu_name(), _feature_string())
         versions = (_sources(), version("xdsl"), llvmlite.__version__, ".".join(map(str, llvm.llvm_version_info)))
-        name = object_cache.key(identity, "team" if _team() else "serial", *processor, *versions)
+        name = object_cache.key(identity, task, *processor, *versions)
         kept = object_cache.read(name)
         code = kept
         if code is None:
-            text = llvm_text(make()) + (TASK if _team() else "")
+            text = llvm_text(make()) + task
             code = _machine().emit_object(llvm.parse_assembly(text))
             object_cache.write(name, code)
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
@@ -126,7 +127,7 @@ def _compiled(identity: str, make: Callable[[], ModuleOp]) -> tuple[Any, bool]:
 def _sources() -> str:
     """A digest of the code that kernels and the numbers of formats come from: changed code makes other kernels."""
     here = Path(__file__).parent
-    files = sorted(here.glob("*.py")) + sorted((here.parents[1] / "dialects" / "formats").glob("*.py"))
+    files = sorted(here.rglob("*.py")) + sorted((here.parents[1] / "dialects" / "formats").glob("*.py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -189,7 +190,7 @@ define void @task(ptr %arguments) {
 
 
 @cache
-def _team() -> Any:
+def team() -> Any:
     """GOMP_parallel of the OpenMP library that torch has loaded, so that its threads are shared; None without one."""
     import llvmlite.binding as llvm
     import torch
