@@ -52,7 +52,7 @@ def layout_of(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> Layout |
 
     Raises UsageError for options that mean nothing for the format, as rounding itself does.
     """
-    numbers = _numbers(fmt, how)
+    numbers = block_numbers(fmt, how)
     if isinstance(numbers, str) or numbers.scale is None:
         return numbers if isinstance(numbers, str) else Layout("elements", numbers)
     assert isinstance(fmt, BlockType)
@@ -69,7 +69,7 @@ def layout_of(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> Layout |
     return Layout("rows", replace(numbers, lanes=lanes), size, padding, order if not padding else tiling)
 
 
-def _numbers(fmt: Attribute, how: Rounding) -> BlockFunction | str:
+def block_numbers(fmt: Attribute, how: Rounding) -> BlockFunction | str:
     """What the block function of a format and a rounding is written from, or why there is none."""
     if how.rounding == "stochastic":
         return "stochastic rounding draws its noise from torch"

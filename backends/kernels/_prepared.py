@@ -26,19 +26,15 @@ INFINITY_BITS = 0x7F800000
 class Prepared:
     """Rounds tensors of one shape and dtype (f32, bf16, f16) by a native kernel."""
 
-    def __init__(self, layout: Layout, clip: float | None, dtype: Any) -> None:
+    def __init__(self, layout: Layout, dtype: Any) -> None:
         import torch
 
-        self.layout, self.clip, self.dtype = layout, clip, dtype
+        self.layout, self.dtype = layout, dtype
         numbers = layout.function
         self.in_place = layout.tiling is None and dtype == torch.float32
         make = {"blocks": _groups_kernel, "rows": _rows_kernel}.get(layout.kind, _pieces_kernel)
         self._kernel = make(numbers)
         self._length = layout.size + layout.padding
-        self._reach = numbers.element.largest
-        if numbers.tensor_scale:
-            assert numbers.scale is not None
-            self._reach *= minifloat_of_scale(numbers.scale).largest
 
     def __call__(self, x: Tensor, out: Tensor | None) -> Tensor:
         """`x` rounded, into `out` where it is given; `out` may be `x`."""
@@ -74,29 +70,31 @@ class Prepared:
 
     def _round(self, source: Tensor, target: Tensor) -> None:
         count = source.numel()
-        threads = 1 if count < SERIAL_BELOW else _team_size()
+        threads = team_size(count)
         if self.layout.kind not in ("blocks", "rows"):
             given = largest_bits(source, threads) if self.layout.kind == "whole" else 0
             _pieces(self._kernel, source, target, given, threads)
             return
-        over = self._tensor_scale(source, threads) if self.layout.function.tensor_scale else 1.0
+        over = tensor_scale(source, self.layout.function, threads) if self.layout.function.tensor_scale else 1.0
         blocks = count // self._length
         threads = min(threads, blocks)
         self._kernel(source.data_ptr(), target.data_ptr(), blocks, over=over, length=self._length, threads=threads)
 
-    def _tensor_scale(self, source: Tensor, threads: int) -> float:
-        """The scale over the block scales: from the largest magnitude, NaN left out, infinity the largest float.
 
-        What `dialects/formats` computes on tensors of one number, in Python's floats, which take less time:
-        product and quotient of two f32 are exact in f64 or far from where rounding twice would matter.
-        """
-        bits = largest_bits(source, threads)
-        if bits > INFINITY_BITS:
-            bits = largest_bits(source.nan_to_num(nan=0.0, posinf=inf, neginf=-inf), threads)
-        largest = _F32.unpack(_I32.pack(min(bits, INFINITY_BITS - 1)))[0]
-        if self.clip is not None:
-            largest = _f32(largest * _f32(self.clip))
-        return _f32(largest / self._reach) or 1.0
+def tensor_scale(source: Tensor, numbers: BlockFunction, threads: int) -> float:
+    """The scale over the block scales: from the largest magnitude, NaN left out, infinity the largest float.
+
+    What `dialects/formats` computes on tensors of one number, in Python's floats, which take less time:
+    product and quotient of two f32 are exact in f64 or far from where rounding twice would matter.
+    """
+    assert numbers.scale is not None
+    bits = largest_bits(source, threads)
+    if bits > INFINITY_BITS:
+        bits = largest_bits(source.nan_to_num(nan=0.0, posinf=inf, neginf=-inf), threads)
+    largest = _F32.unpack(_I32.pack(min(bits, INFINITY_BITS - 1)))[0]
+    if numbers.clip is not None:
+        largest = _f32(largest * _f32(numbers.clip))
+    return _f32(largest / (numbers.element.largest * minifloat_of_scale(numbers.scale).largest)) or 1.0
 
 
 _F32, _I32 = Struct("<f"), Struct("<i")
@@ -129,10 +127,11 @@ def _pieces(kernel: native.Kernel, source: Tensor, target: Tensor | None, given:
     return seen
 
 
-def _team_size() -> int:
+def team_size(count: int) -> int:
+    """The threads that work on so many values."""
     import torch
 
-    return torch.get_num_threads()
+    return 1 if count < SERIAL_BELOW else torch.get_num_threads()
 
 
 @lru_cache(maxsize=1024)

@@ -54,7 +54,7 @@ def block_function(numbers: BlockFunction) -> FuncOp:
     if numbers.scale is None:
         rounded = _element(b, values, numbers)
     else:
-        rounded = _rounded(b, values, *_scales(b, largest, over, numbers), numbers)
+        rounded = _rounded(b, values, *scales_of(b, largest, over, numbers), numbers)
     block.add_op(ReturnOp(rounded))
     return FuncOp("q", FunctionType.from_lists([kind, i32, f32], [kind]), Region(block))
 
@@ -74,7 +74,7 @@ def scale_function(numbers: BlockFunction, blocks: int) -> FuncOp:
     """
     kind, largest = VectorType(f32, [blocks]), VectorType(i32, [blocks])
     block = Block(arg_types=[largest, f32])
-    block.add_op(ReturnOp(*_scales(Builder(block, blocks), block.args[0], block.args[1], numbers)))
+    block.add_op(ReturnOp(*scales_of(Builder(block, blocks), block.args[0], block.args[1], numbers)))
     return FuncOp("scale", FunctionType.from_lists([largest, f32], [kind, kind]), Region(block))
 
 
@@ -87,7 +87,7 @@ def element_function(numbers: BlockFunction) -> FuncOp:
     return FuncOp("elements", FunctionType.from_lists([kind] * 3, [kind]), Region(block))
 
 
-def _scales(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> tuple[SSAValue, SSAValue]:
+def scales_of(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> tuple[SSAValue, SSAValue]:
     """The scale, and its exact inverse where it is a power of two, else what values are divided by."""
     if numbers.clip is not None:
         largest = b.bits(b.multiply(b.float(largest), b.number(numbers.clip)))
@@ -99,9 +99,15 @@ def _scales(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunctio
 
 
 def _rounded(b: Builder, values: SSAValue, scale: SSAValue, divisor: SSAValue, numbers: BlockFunction) -> SSAValue:
+    return _finite(b, b.multiply(scaled_element(b, values, divisor, numbers), scale))
+
+
+def scaled_element(b: Builder, values: SSAValue, divisor: SSAValue, numbers: BlockFunction) -> SSAValue:
+    """The values of the elements that stand for values under a scale."""
+    if numbers.scale is None:
+        return _element(b, values, numbers)
     exact = numbers.scale == f8E8M0FNU
-    scaled = b.multiply(values, divisor) if exact else b.divide(values, divisor)
-    return _finite(b, b.multiply(_element(b, scaled, numbers), scale))
+    return _element(b, b.multiply(values, divisor) if exact else b.divide(values, divisor), numbers)
 
 
 def _finite(b: Builder, value: SSAValue) -> SSAValue:

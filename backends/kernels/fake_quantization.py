@@ -70,7 +70,7 @@ def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any) -
         return f"no kernel for {dtype}"
     if not prod(shape):
         return "there is nothing to round"
-    return native.why_not() or Prepared(layout, how.clip, dtype)
+    return native.why_not() or Prepared(layout, dtype)
 
 
 @lru_cache(maxsize=4096)

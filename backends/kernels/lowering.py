@@ -66,9 +66,9 @@ class Writer:
         load.properties["alignment"] = IntegerAttr(4, 64)
         return self.add(load)
 
-    def store(self, value: SSAValue, pointer: SSAValue) -> None:
+    def store(self, value: SSAValue, pointer: SSAValue, alignment: int = 4) -> None:
         store = llvm.StoreOp(value, pointer)
-        store.properties["alignment"] = IntegerAttr(4, 64)
+        store.properties["alignment"] = IntegerAttr(alignment, 64)
         self.block.add_op(store)
 
     def intrinsic(self, name: str, arguments: Sequence[SSAValue], result: Attribute) -> SSAValue:
@@ -159,8 +159,8 @@ def pieces_kernel(function: FuncOp) -> ModuleOp:
     The pieces are those from `first` to `end`. Every kernel has the same arguments, read or not; it yields the bits of
     the largest magnitude where it looks for one, else 0.
     """
-    values = _vector(function)
-    writer, (source, target, first, end, given, over, _) = _start()
+    values = vector_of(function)
+    writer, (source, target, first, end, given, over, _) = start()
     lanes = values.get_shape()[0]
 
     def body(index: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
@@ -170,7 +170,7 @@ def pieces_kernel(function: FuncOp) -> ModuleOp:
         return []
 
     writer.loop(first, end, 1, [], body)
-    return _finish(writer, writer.constant(0, i32))
+    return finish(writer, writer.constant(0, i32))
 
 
 GROUP = 8
@@ -179,26 +179,26 @@ GROUP = 8
 
 def groups_kernel(magnitudes: FuncOp, scale: FuncOp, elements: FuncOp) -> ModuleOp:
     """The same arguments, for blocks: the scales of eight at a time, then their elements."""
-    values = _vector(elements)
+    values = vector_of(elements)
     lanes = values.get_shape()[0]
-    writer, (source, target, first, end, _, over, _) = _start()
+    writer, (source, target, first, end, _, over, _) = start()
 
     # Loops over the blocks of a group, not eight copies of their code: that would take ten times as long to compile.
     tops, scales, divisors = (writer.array(kind, GROUP) for kind in (i32, f32, f32))
 
     def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
-        start = writer.add(llvm.MulOp(index, writer.constant(lanes)))
+        begin = writer.add(llvm.MulOp(index, writer.constant(lanes)))
         left = writer.add(llvm.SubOp(end, index))
         count = writer.intrinsic("llvm.smin", [left, writer.constant(GROUP)], i64)
 
         def measure(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            offset = writer.add(llvm.AddOp(start, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
+            offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
             (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, offset), values)])
             writer.store(writer.intrinsic("llvm.vector.reduce.umax", [own], i32), writer.at(tops, place, i32))
             return []
 
         def rounded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            offset = writer.add(llvm.AddOp(start, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
+            offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
             loaded = writer.load(writer.at(source, offset), values)
             own, divisor = (writer.spread(writer.load(writer.at(a, place), f32), lanes) for a in (scales, divisors))
             (result,) = writer.inline(elements, [loaded, own, divisor])
@@ -212,10 +212,10 @@ def groups_kernel(magnitudes: FuncOp, scale: FuncOp, elements: FuncOp) -> Module
         writer.loop(writer.constant(0), count, 1, [], rounded)
         return [writer.intrinsic("llvm.umax", [carried[0], largest], largest.type)]
 
-    none = writer.add(llvm.ConstantOp(_zeros(GROUP), VectorType(i32, [GROUP])))
+    none = writer.add(llvm.ConstantOp(zeros(GROUP), VectorType(i32, [GROUP])))
     writer.store(none, tops)  # a last group may be short: what it leaves as it was has been counted already
     (seen,) = writer.loop(first, end, GROUP, [none], group)
-    return _finish(writer, writer.intrinsic("llvm.vector.reduce.umax", [seen], i32))
+    return finish(writer, writer.intrinsic("llvm.vector.reduce.umax", [seen], i32))
 
 
 def rows_kernel(function: FuncOp, magnitudes: FuncOp) -> ModuleOp:
@@ -223,14 +223,14 @@ def rows_kernel(function: FuncOp, magnitudes: FuncOp) -> ModuleOp:
 
     `length` is a multiple of the lanes of both functions.
     """
-    values = _vector(function)
+    values = vector_of(function)
     lanes = values.get_shape()[0]
-    writer, (source, target, first, end, _, over, length) = _start()
+    writer, (source, target, first, end, _, over, length) = start()
 
     def row(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
-        start = writer.add(llvm.MulOp(index, length))
-        behind = writer.add(llvm.AddOp(start, length))
-        largest = _largest(writer, magnitudes, source, start, behind)
+        begin = writer.add(llvm.MulOp(index, length))
+        behind = writer.add(llvm.AddOp(begin, length))
+        largest = largest_of(writer, magnitudes, source, begin, behind)
 
         def rounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             loaded = writer.load(writer.at(source, at), values)
@@ -238,52 +238,52 @@ def rows_kernel(function: FuncOp, magnitudes: FuncOp) -> ModuleOp:
             writer.store(result, writer.at(target, at))
             return []
 
-        writer.loop(start, behind, lanes, [], rounded)
+        writer.loop(begin, behind, lanes, [], rounded)
         return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
 
     (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], row)
-    return _finish(writer, largest)
+    return finish(writer, largest)
 
 
 def largest_kernel(magnitudes: FuncOp) -> ModuleOp:
     """The same arguments: the bits of the largest magnitude in the blocks [first, end); nothing is written."""
-    writer, (source, _, first, end, *_) = _start()
-    lanes = writer.constant(_vector(magnitudes).get_shape()[0])
-    start, behind = (writer.add(llvm.MulOp(bound, lanes)) for bound in (first, end))
-    return _finish(writer, _largest(writer, magnitudes, source, start, behind))
+    writer, (source, _, first, end, *_) = start()
+    lanes = writer.constant(vector_of(magnitudes).get_shape()[0])
+    begin, behind = (writer.add(llvm.MulOp(bound, lanes)) for bound in (first, end))
+    return finish(writer, largest_of(writer, magnitudes, source, begin, behind))
 
 
-def _largest(writer: Writer, magnitudes: FuncOp, source: SSAValue, start: SSAValue, end: SSAValue) -> SSAValue:
-    values = _vector(magnitudes)
+def largest_of(writer: Writer, magnitudes: FuncOp, source: SSAValue, begin: SSAValue, end: SSAValue) -> SSAValue:
+    values = vector_of(magnitudes)
     lanes = values.get_shape()[0]
 
     def measure(at: SSAValue, seen: Sequence[SSAValue]) -> Sequence[SSAValue]:
         (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, at), values)])
         return [writer.intrinsic("llvm.umax", [seen[0], own], seen[0].type)]
 
-    zeros = writer.add(llvm.ConstantOp(_zeros(lanes), VectorType(i32, [lanes])))
-    (seen,) = writer.loop(start, end, lanes, [zeros], measure)
+    none = writer.add(llvm.ConstantOp(zeros(lanes), VectorType(i32, [lanes])))
+    (seen,) = writer.loop(begin, end, lanes, [none], measure)
     return writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)
 
 
-def _start() -> tuple[Writer, Sequence[SSAValue]]:
+def start() -> tuple[Writer, Sequence[SSAValue]]:
     entry = Block(arg_types=_ARGUMENTS)
     return Writer(Region(entry), entry), entry.args
 
 
-def _finish(writer: Writer, result: SSAValue) -> ModuleOp:
+def finish(writer: Writer, result: SSAValue) -> ModuleOp:
     writer.block.add_op(llvm.ReturnOp(result))
     kind = llvm.LLVMFunctionType(_ARGUMENTS, result.type)
     return ModuleOp([llvm.FuncOp("kernel", kind, linkage=llvm.LinkageAttr("external"), body=writer.region)])
 
 
-def _vector(function: FuncOp) -> VectorType:
+def vector_of(function: FuncOp) -> VectorType:
     values = function.function_type.inputs.data[0]
     assert isinstance(values, VectorType)
     return values
 
 
-def _zeros(lanes: int) -> DenseIntOrFPElementsAttr:
+def zeros(lanes: int) -> DenseIntOrFPElementsAttr:
     return DenseIntOrFPElementsAttr.from_list(VectorType(i32, [lanes]), [0] * lanes)
 
 

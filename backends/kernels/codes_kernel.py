@@ -1,0 +1,112 @@
+"""From `@code_scale` and `@codes` to native functions: f32 to codes, one factor and one sum for every block.
+
+Both kernels have the arguments of all kernels. Their target is the address of three addresses: of the codes, of the
+factors (f32) and of the sums (i32). They yield 1 where `@code_scale` says of a block that it may not be exact, else 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xdsl.dialects import llvm
+from xdsl.dialects.builtin import IntegerType, ModuleOp, VectorType, f32, i32
+from xdsl.dialects.func import FuncOp
+from xdsl.ir import SSAValue
+
+from .lowering import GROUP, POINTER, Writer, finish, largest_of, start, vector_of, zeros
+
+
+def code_groups_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int) -> ModuleOp:
+    """Blocks that registers hold, the scales of eight at a time; codes have `bits` bits."""
+    values = vector_of(codes)
+    lanes = values.get_shape()[0]
+    writer, (source, target, first, end, _, over, _) = start()
+    out = _Outputs(writer, target, IntegerType(bits))
+    tops, factors, divisors = (writer.array(kind, GROUP) for kind in (i32, f32, f32))
+
+    def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        left = writer.add(llvm.SubOp(end, index))
+        count = writer.intrinsic("llvm.smin", [left, writer.constant(GROUP)], left.type)
+
+        def measure(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            offset = writer.add(llvm.MulOp(writer.add(llvm.AddOp(index, place)), writer.constant(lanes)))
+            (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, offset), values)])
+            writer.store(writer.intrinsic("llvm.vector.reduce.umax", [own], i32), writer.at(tops, place, i32))
+            return []
+
+        def coded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            block = writer.add(llvm.AddOp(index, place))
+            offset = writer.add(llvm.MulOp(block, writer.constant(lanes)))
+            loaded = writer.load(writer.at(source, offset), values)
+            divisor = writer.spread(writer.load(writer.at(divisors, place), f32), lanes)
+            (found,) = writer.inline(codes, [loaded, divisor])
+            out.codes(found, offset)
+            out.block(block, writer.load(writer.at(factors, place), f32), _sum(writer, found))
+            return []
+
+        writer.loop(writer.constant(0), count, 1, [], measure)
+        largest = writer.load(tops, VectorType(i32, [GROUP]))
+        factor, divisor, inexact = writer.inline(scale, [largest, over])
+        writer.store(factor, factors)
+        writer.store(divisor, divisors)
+        writer.loop(writer.constant(0), count, 1, [], coded)
+        return [writer.add(llvm.OrOp(carried[0], inexact))]
+
+    none = writer.add(llvm.ConstantOp(zeros(GROUP), VectorType(i32, [GROUP])))
+    writer.store(none, tops)  # a last group may be short: what it leaves as it was has been counted already
+    (inexact,) = writer.loop(first, end, GROUP, [none], group)
+    return finish(writer, writer.intrinsic("llvm.vector.reduce.umax", [inexact], i32))
+
+
+def code_rows_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int, *, given: bool) -> ModuleOp:
+    """Rows of `length` values, a multiple of the lanes, with one factor and one sum each.
+
+    `given`: the scale is made from the bits of a largest magnitude that the caller has, not from the row's own.
+    """
+    values = vector_of(codes)
+    lanes = values.get_shape()[0]
+    writer, (source, target, first, end, known, over, length) = start()
+    out = _Outputs(writer, target, IntegerType(bits))
+    none = writer.add(llvm.ConstantOp(zeros(lanes), VectorType(i32, [lanes])))
+
+    def row(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        begin = writer.add(llvm.MulOp(index, length))
+        behind = writer.add(llvm.AddOp(begin, length))
+        largest = known if given else largest_of(writer, magnitudes, source, begin, behind)
+        factor, divisor, inexact = writer.inline(scale, [largest, over])
+        divisor = writer.spread(divisor, lanes)
+
+        def coded(at: SSAValue, sums: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            (found,) = writer.inline(codes, [writer.load(writer.at(source, at), values), divisor])
+            out.codes(found, at)
+            return [writer.add(llvm.AddOp(sums[0], found))]
+
+        (sums,) = writer.loop(begin, behind, lanes, [none], coded)
+        out.block(index, factor, _sum(writer, sums))
+        return [writer.add(llvm.OrOp(carried[0], inexact))]
+
+    (inexact,) = writer.loop(first, end, 1, [writer.constant(0, i32)], row)
+    return finish(writer, inexact)
+
+
+class _Outputs:
+    """Where codes, factors and sums go."""
+
+    def __init__(self, writer: Writer, addresses: SSAValue, code: IntegerType) -> None:
+        self.writer, self.code = writer, code
+        places = [writer.at(addresses, writer.constant(place), POINTER) for place in range(3)]
+        self._codes, self._factors, self._sums = (writer.load(place, POINTER) for place in places)
+
+    def codes(self, found: SSAValue, offset: SSAValue) -> None:
+        """Codes (a vector of i32) for the values from `offset` on."""
+        assert isinstance(found.type, VectorType)
+        narrow = self.writer.add(llvm.TruncOp(found, VectorType(self.code, found.type.get_shape())))
+        self.writer.store(narrow, self.writer.at(self._codes, offset, self.code), self.code.width.data // 8)
+
+    def block(self, index: SSAValue, factor: SSAValue, total: SSAValue) -> None:
+        self.writer.store(factor, self.writer.at(self._factors, index))
+        self.writer.store(total, self.writer.at(self._sums, index, i32))
+
+
+def _sum(writer: Writer, codes: SSAValue) -> SSAValue:
+    return writer.intrinsic("llvm.vector.reduce.add", [codes], i32)
