@@ -20,12 +20,16 @@ from ...dialects.torch_operators import operator
 from . import native
 from ._layout import layout_of
 from ._prepared import Prepared
+from .emitters import gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
     from xdsl.ir import Attribute, TypeAttribute
 
     from ...dialects.instances import Instance
+
+Kernel = Prepared | gpu.PreparedOnGPU
+"""What rounds tensors of one shape and dtype, on the processor or on a GPU."""
 
 _local = threading.local()
 
@@ -51,16 +55,17 @@ def switched_off() -> str | None:
 def why_not(
     fmt: Attribute, how: Rounding, dtype: Any, shape: tuple[int, ...] = (1, 1), device: str = "cpu"
 ) -> str | None:
-    """Why such tensors are rounded into a format by torch's operations; None where a native kernel does it."""
-    if device != "cpu":
-        return f"no kernel for the device {device}"
-    found = switched_off() or prepare(fmt, how, shape, dtype)
+    """Why such tensors are rounded into a format by torch's operations; None where a kernel does it."""
+    found = switched_off() or prepare(fmt, how, shape, dtype, device)
     return found if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=4096)
-def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any) -> Prepared | str:
-    """What rounds CPU tensors of a shape and dtype, or why there is no kernel. Raises UsageError as rounding does."""
+def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any, device: str = "cpu") -> Kernel | str:
+    """What rounds tensors of a shape and dtype on a kind of device (cpu, cuda), or why there is no kernel.
+
+    Raises UsageError as rounding does.
+    """
     import torch
 
     layout = layout_of(fmt, how, shape)
@@ -70,14 +75,18 @@ def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any) -
         return f"no kernel for {dtype}"
     if not prod(shape):
         return "there is nothing to round"
+    if device == "cuda":
+        return gpu.why_not() or gpu.prepare(layout, dtype)
+    if device != "cpu":
+        return f"no kernel for the device {device}"
     return native.why_not() or Prepared(layout, dtype)
 
 
 @lru_cache(maxsize=4096)
 def _prepare_text(
-    fmt: str, scale_rule: str | None, rounding: str, clip: float | None, seed: int, shape: Any, dtype: Any
-) -> Prepared | str:
-    return prepare(parse_type(fmt), Rounding(scale_rule, rounding, clip, seed), tuple(shape), dtype)
+    fmt: str, scale_rule: str | None, rounding: str, clip: float | None, seed: int, shape: Any, dtype: Any, device: str
+) -> Kernel | str:
+    return prepare(parse_type(fmt), Rounding(scale_rule, rounding, clip, seed), tuple(shape), dtype, device)
 
 
 @lru_cache(maxsize=4096, typed=True)
@@ -90,13 +99,14 @@ def _prepare_named(
     seed: int,
     shape: Any,
     dtype: Any,
-) -> Prepared | str:
+    device: str,
+) -> Kernel | str:
     import torch
 
     if not dtype.is_floating_point:
         return f"{dtype} holds no floats"
     how = Rounding(scale_rule, rounding, clip, seed)
-    return prepare(laid_out(format, torch.empty(shape, device="meta"), dim), how, tuple(shape), dtype)
+    return prepare(laid_out(format, torch.empty(shape, device="meta"), dim), how, tuple(shape), dtype, device)
 
 
 def quantize(
@@ -108,10 +118,10 @@ def quantize(
     seed: int = 0,
     threshold: float | None = None,
 ) -> Tensor:
-    """What `mxloom::quantize` does to a CPU tensor: the bits of `dialects.formats.quantize`, contiguous."""
+    """What `mxloom::quantize` does on CPUs and CUDA devices: the bits of `dialects.formats.quantize`, contiguous."""
     if switched_off() is None and threshold is None:
-        prepared = _prepare_text(format, scale_rule, rounding, clip, seed, input.shape, input.dtype)
-        if isinstance(prepared, Prepared):
+        prepared = _prepare_text(format, scale_rule, rounding, clip, seed, input.shape, input.dtype, input.device.type)
+        if isinstance(prepared, Kernel):
             return prepared(input, None)
     return torch_operators.quantize(input, format, scale_rule, rounding, clip, seed, threshold)
 
@@ -138,7 +148,8 @@ def fake_quantize(
     meaning for the format.
 
     Where `x` requires a gradient, so does the result: rounding passes it straight through, saturated values included.
-    On a CPU a kernel made for the format does the work (`why_not` says where it does not); the bits are the same.
+    On a CPU, and on a GPU where Triton is installed, a kernel made for the format does the work (`why_not` says where
+    it does not); the bits are the same.
     """
     import torch
     from torch.compiler import is_compiling
@@ -153,8 +164,8 @@ def fake_quantize(
     if isinstance(format, str) and _is_plain(x) and switched_off() is None:
         prepared = None
         with suppress(TypeError):  # an argument of a wrong kind, for the checks below to name
-            prepared = _prepare_named(format, scale_rule, rounding, dim, clip, seed, x.shape, x.dtype)
-        if isinstance(prepared, Prepared) and (out is None or _takes(out, x)):
+            prepared = _prepare_named(format, scale_rule, rounding, dim, clip, seed, x.shape, x.dtype, x.device.type)
+        if isinstance(prepared, Kernel) and (out is None or _takes(out, x)):
             return prepared(x, out)
     how = Rounding(scale_rule=scale_rule, rounding=rounding, clip=clip, seed=seed)
     fmt = laid_out(format, x, dim)
@@ -168,8 +179,8 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
 
     with torch.no_grad():
         if _is_plain(x.detach()) and switched_off() is None:
-            prepared = prepare(fmt, how, tuple(x.shape), x.dtype)
-            if isinstance(prepared, Prepared):
+            prepared = prepare(fmt, how, tuple(x.shape), x.dtype, x.device.type)
+            if isinstance(prepared, Kernel):
                 if out is None or _takes(out, x):
                     return prepared(x.detach(), out)
                 return out.copy_(prepared(x.detach(), None))
@@ -178,17 +189,17 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether `x` is an ordinary CPU tensor that takes no part in gradients, whose memory holds its values.
+    """Whether `x` is an ordinary tensor that takes no part in gradients, whose memory holds its values.
 
-    The memory of a lazily negated tensor holds others, that of lazy zeros, of a tensor inside `torch.vmap` or under a
-    mode that makes up tensors (export, fake tensors) none.
+    It lies on a CPU or a CUDA device. The memory of a lazily negated tensor holds other values, that of lazy zeros, of a
+    tensor inside `torch.vmap` or under a mode that makes up tensors (export, fake tensors) none.
     """
     import torch
     from torch._C._functorch import is_functorch_wrapped_tensor
 
     return (
         type(x) is torch.Tensor
-        and x.is_cpu
+        and (x.is_cpu or x.is_cuda)
         and not x.requires_grad
         and x.layout == torch.strided
         and not (x.is_nested or x.is_neg() or x._is_zerotensor())
@@ -222,10 +233,11 @@ def _takes(out: Tensor, x: Tensor) -> bool:
 
 @cache
 def register() -> object:
-    """Give `mxloom::quantize` its kernels on the CPU, once; returns what keeps them alive."""
+    """Give `mxloom::quantize` its kernels on the CPU and on CUDA devices, once; returns what keeps them alive."""
     import torch
 
     torch_operators.register()
     library = torch.library.Library("mxloom", "IMPL")
-    library.impl("quantize", quantize, "CPU")
+    for device in ("CPU", "CUDA"):
+        library.impl("quantize", quantize, device)
     return library
