@@ -89,13 +89,23 @@ def element_function(numbers: BlockFunction) -> FuncOp:
 
 def scales_of(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> tuple[SSAValue, SSAValue]:
     """The scale, and its exact inverse where it is a power of two, else what values are divided by."""
+    _, scale, divisor = levels_of(b, largest, over, numbers)
+    return scale, divisor
+
+
+def levels_of(
+    b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction
+) -> tuple[SSAValue, SSAValue, SSAValue]:
+    """The block's own scale as it is stored, its product with that of the tensor, what values are brought to it by."""
     if numbers.clip is not None:
         largest = b.bits(b.multiply(b.float(largest), b.number(numbers.clip)))
     if numbers.scale == f8E8M0FNU:
-        return _power_of_two(b, largest, numbers)
-    scale = _quotient(b, largest, over, numbers)
+        scale, inverse = _power_of_two(b, largest, numbers)
+        return scale, scale, inverse
+    stored = _quotient(b, largest, over, numbers)
+    scale = b.multiply(stored, over) if numbers.tensor_scale else stored
     zero = b.compare("oeq", scale, b.number(0.0))
-    return scale, b.select(zero, b.float(b.integer(INFINITY)), scale)
+    return stored, scale, b.select(zero, b.float(b.integer(INFINITY)), scale)
 
 
 def _rounded(b: Builder, values: SSAValue, scale: SSAValue, divisor: SSAValue, numbers: BlockFunction) -> SSAValue:
@@ -157,7 +167,7 @@ def _normal(b: Builder, largest: SSAValue, element: Element) -> SSAValue:
 
 
 def _quotient(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> SSAValue:
-    """The float scale of a block: the largest magnitude over the element's, in the scale's type; times the tensor's."""
+    """The float scale of a block: its largest magnitude over the element's, over the tensor's, in the scale's type."""
     assert numbers.scale is not None
     kind = minifloat_of_scale(numbers.scale)
     magnitude = b.float(largest)
@@ -174,8 +184,7 @@ def _quotient(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunct
     of_zero = b.number(kind.smallest if kind.bits == 8 else 1.0)
     # The quotient of a subnormal may round to zero in f32; without a tensor's scale the definition divides in f64.
     vanishing = quotient if numbers.tensor_scale else magnitude
-    rounded = b.select(b.compare("oeq", vanishing, b.number(0.0)), of_zero, rounded)
-    return b.multiply(rounded, over) if numbers.tensor_scale else rounded
+    return b.select(b.compare("oeq", vanishing, b.number(0.0)), of_zero, rounded)
 
 
 def _element(b: Builder, values: SSAValue, numbers: BlockFunction) -> SSAValue:

@@ -12,7 +12,7 @@ from xdsl.ir import Attribute, Block, Region
 
 from ...dialects.formats._element import Element, Fixed, Minifloat
 from ._builder import Builder
-from .block_function import INFINITY, LARGEST, BlockFunction, scaled_element, scales_of
+from .block_function import INFINITY, LARGEST, BlockFunction, levels_of, scaled_element
 
 MOST = (1 << 15) - 1
 """The largest code: 16 bits with a sign."""
@@ -46,9 +46,9 @@ def why_no_codes(numbers: BlockFunction) -> str | None:
 def code_scale_function(numbers: BlockFunction, blocks: int | None) -> FuncOp:
     """`func @code_scale(i32, f32) -> (f32, f32, i32)`: for one block, or for a vector of `blocks` at once.
 
-    From the bits of the largest magnitude and the scale of the tensor: scale x step; what values are brought to the
-    scale by; and 1 where code x scale x step may not be the value, since scale x step is no f32 or the largest value
-    passes f32 (there the definitions saturate), else 0. A block with a NaN has scale NaN.
+    From the bits of the largest magnitude and the scale of the tensor: the block's own scale x step; what values are
+    brought to the scale by; and 1 where code x scale x step may not be the value, since scale x step is no f32 or the
+    largest value passes f32 (there the definitions saturate), else 0. A block with a NaN has scale NaN.
     """
     whole, real = _kinds(blocks)
     block = Block(arg_types=[whole, f32])
@@ -58,14 +58,14 @@ def code_scale_function(numbers: BlockFunction, blocks: int | None) -> FuncOp:
     if numbers.scale is None:
         is_number = b.compare("oeq", b.float(largest), b.float(largest))
         scale = b.select(is_number, b.number(1.0), b.float(b.integer(INFINITY | 1 << 22)))
-        divisor = b.number(1.0)
+        product, divisor = scale, b.number(1.0)
     else:
-        scale, divisor = scales_of(b, largest, over, numbers)
+        scale, product, divisor = levels_of(b, largest, over, numbers)
     factor = b.multiply(scale, b.number(step))
     back = b.multiply(factor, b.number(1 / step))
     yes, no = b.integer(1), b.integer(0)
     inexact = b.select(b.compare("olt", back, scale), yes, b.select(b.compare("ogt", back, scale), yes, no))
-    top = b.multiply(scale, b.number(numbers.element.largest))
+    top = b.multiply(product, b.number(numbers.element.largest))
     inexact = b.select(b.compare("ogt", top, b.number(LARGEST)), yes, inexact)
     if blocks is not None and numbers.scale is None:
         divisor = b.spread(divisor)

@@ -35,16 +35,19 @@ class Codes(NamedTuple):
     several rows it is repeated for each, and sums are those of the row; a format without scales has its step for every
     row.
 
-    value = code x scale, rounded once to f32, is what `dialects.formats.quantize` gives, but for the sign of zeros
-    (negative zero has code 0), and but for tensors where `exact` is false: some scale x step is no f32, or a value may
-    pass f32, where the definition gives the largest finite number. A block with a NaN (a row, in a format without
-    scales) has scale NaN and codes 0.
+    over: the scale of the tensor over those of the blocks, 1 where the format has none.
+
+    value = code x (scale x over), both products rounded to f32, is what `dialects.formats.quantize` gives, but for the
+    sign of zeros (negative zero has code 0), and but for tensors where `exact` is false: some scale x step is no f32,
+    or a value may pass f32, where the definition gives the largest finite number. A block with a NaN (a row, in a
+    format without scales) has scale NaN and codes 0.
     """
 
     codes: Tensor
     scales: Tensor
     sums: Tensor
     exact: bool
+    over: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,10 @@ class PreparedCodes:
         padded = codes
         if layout.padding:
             padded = torch.empty((rows, layout.size + layout.padding), dtype=self.code_dtype, device="cpu")
-        exact = self._run(source, padded, scales, sums)
+        exact, over = self._run(source, padded, scales, sums)
         if layout.padding:
             codes.view(rows, layout.size).copy_(padded[:, : layout.size])
-        return Codes(codes, scales, sums, exact)
+        return Codes(codes, scales, sums, exact, over)
 
     def _in_order(self, x: Tensor) -> Tensor:
         """The values of the blocks, in f32, one block behind the other, each with zeros behind it."""
@@ -116,7 +119,7 @@ class PreparedCodes:
             source = torch.nn.functional.pad(source.reshape(-1, layout.size), (0, layout.padding))
         return source
 
-    def _run(self, source: Tensor, codes: Tensor, scales: Tensor, sums: Tensor) -> bool:
+    def _run(self, source: Tensor, codes: Tensor, scales: Tensor, sums: Tensor) -> tuple[bool, float]:
         layout = self.layout
         numbers, count = layout.function, layout.rows * layout.blocks
         threads = team_size(source.numel())
@@ -132,7 +135,7 @@ class PreparedCodes:
             length=layout.size + layout.padding,
             threads=min(threads, count),
         )
-        return not inexact
+        return not inexact, over
 
 
 @lru_cache(maxsize=4096)

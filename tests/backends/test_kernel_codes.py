@@ -34,7 +34,7 @@ def prepared(format: str, how: Rounding, x: torch.Tensor) -> PreparedCodes:
 def values(found: Codes, shape: tuple[int, ...]) -> torch.Tensor:
     """The numbers that codes stand for, rounded once, at most the largest f32."""
     split = found.codes.unflatten(-1, (found.scales.shape[-1], -1))
-    products = (split * found.scales[..., None]).clamp(-LARGEST, LARGEST)
+    products = (split * (found.scales * found.over)[..., None]).clamp(-LARGEST, LARGEST)
     return products.flatten(-2)[..., : shape[-1]]
 
 
@@ -59,7 +59,7 @@ def test_codes_times_scales_are_the_values(format: str, rounding: str, kinds_of_
         held = values(found, (64, 96))
         differs = (held != expected) & ~(held.isnan() & expected.isnan())
         # Only where scale x step is below 2^-126 it may be no f32, which `exact` tells.
-        small = (found.scales < 2.0**-126)[..., None].expand_as(split).flatten(-2)[..., :96]
+        small = (found.scales * found.over < 2.0**-126)[..., None].expand_as(split).flatten(-2)[..., :96]
         assert not (differs & ~small).any(), (kind, rule, clip)
         assert not (found.exact and differs.any()), (kind, rule, clip)
         if kind in ("normal", "ties"):
