@@ -191,7 +191,7 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
 def _is_plain(x: Any) -> bool:
     """Whether `x` is an ordinary tensor that takes no part in gradients, whose memory holds its values.
 
-    It lies on a CPU or a CUDA device. The memory of a lazily negated tensor holds other values, that of lazy zeros, of a
+    It lies on a CPU or a CUDA device. The memory of a lazily negated tensor holds others, that of lazy zeros, of a
     tensor inside `torch.vmap` or under a mode that makes up tensors (export, fake tensors) none.
     """
     import torch
