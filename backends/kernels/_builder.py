@@ -1,4 +1,4 @@
-"""Writes arith, math and vector operations on f32 and i32, scalar or vector; a scalar beside a vector is spread."""
+"""Writes arith, math and vector operations on numbers, scalar or vector; a scalar beside a vector is spread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from xdsl.dialects.builtin import (
     IntegerType,
     VectorType,
     f32,
+    f64,
     i32,
+    i64,
 )
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 from xdsl.irdl import IRDLOperation
@@ -34,6 +36,11 @@ def is_vector(value: SSAValue) -> bool:
     return isinstance(value.type, VectorType)
 
 
+def _part(value: SSAValue) -> Attribute:
+    """The type of one lane."""
+    return value.type.element_type if isinstance(value.type, VectorType) else value.type
+
+
 class Builder:
     """Appends to a block whose vectors have `lanes` lanes."""
 
@@ -41,23 +48,31 @@ class Builder:
         self.block, self.lanes = block, lanes
         self._constants: dict[Hashable, SSAValue] = {}
 
-    def integer(self, value: int) -> SSAValue:
-        """An i32 constant; bit patterns above 2^31 wrap."""
-        wrapped = value - (1 << 32) if value >= 1 << 31 else value
-        return self._once(("integer", wrapped), lambda: arith.ConstantOp(IntegerAttr(wrapped, 32)))
+    def integer(self, value: int, width: int = 32) -> SSAValue:
+        """An i32 (or i64) constant; bit patterns above the largest wrap."""
+        wrapped = value - (1 << width) if value >= 1 << (width - 1) else value
+        return self._once(("integer", wrapped, width), lambda: arith.ConstantOp(IntegerAttr(wrapped, width)))
 
-    def number(self, value: float) -> SSAValue:
-        """An f32 constant."""
+    def number(self, value: float, width: int = 32) -> SSAValue:
+        """An f32 (or f64) constant."""
         sign = copysign(1.0, value)  # the zeros are equal, and two constants
-        return self._once(("number", value, sign), lambda: arith.ConstantOp(FloatAttr(value, 32)))
+        return self._once(("number", value, sign, width), lambda: arith.ConstantOp(FloatAttr(value, width)))
 
     def bits(self, value: SSAValue) -> SSAValue:
-        """The bits of f32 as i32."""
-        return self._add(arith.BitcastOp(value, self._like(value, i32)))
+        """The bits of f32 as i32, of f64 as i64."""
+        return self._add(arith.BitcastOp(value, self._like(value, i64 if _part(value) == f64 else i32)))
 
     def float(self, bits: SSAValue) -> SSAValue:
-        """The f32 with these bits."""
-        return self._add(arith.BitcastOp(bits, self._like(bits, f32)))
+        """The f32 with these bits; the f64 with these 64."""
+        return self._add(arith.BitcastOp(bits, self._like(bits, f64 if _part(bits) == i64 else f32)))
+
+    def wide(self, value: SSAValue) -> SSAValue:
+        """The f32 as f64."""
+        return self._add(arith.ExtFOp.create(operands=[value], result_types=[self._like(value, f64)]))
+
+    def narrow(self, value: SSAValue) -> SSAValue:
+        """The f64 rounded to the nearest f32, ties to even."""
+        return self._add(arith.TruncFOp.create(operands=[value], result_types=[self._like(value, f32)]))
 
     def spread(self, value: SSAValue) -> SSAValue:
         """A scalar in every lane."""
@@ -93,6 +108,11 @@ class Builder:
     def shifted_right(self, a: SSAValue, places: int) -> SSAValue:
         """Bits moved towards the lowest, zeros behind them."""
         return self._binary(arith.ShRUIOp, arith.ShRUIOp, a, self.integer(places))
+
+    def ordered(self, bits: SSAValue) -> SSAValue:
+        """Bits of f32 as integers that order as the numbers do, NaN beyond the infinities; its own inverse."""
+        sign = self._binary(arith.ShRSIOp, arith.ShRSIOp, bits, self.integer(31))
+        return self._binary(arith.XOrIOp, arith.XOrIOp, bits, self.both(sign, self.integer(_MAGNITUDE)))
 
     def larger(self, a: SSAValue, b: SSAValue) -> SSAValue:
         """The larger of two signed integers."""
@@ -148,6 +168,10 @@ class Builder:
         """Towards zero to a whole number; zeros keep their sign."""
         return self._add(math.TruncOp.create(operands=[value], result_types=[value.type]))
 
+    def round_down(self, value: SSAValue) -> SSAValue:
+        """To the whole number at or below."""
+        return self._add(math.FloorOp.create(operands=[value], result_types=[value.type]))
+
     def _once(self, key: Hashable, make: Callable[[], Operation]) -> SSAValue:
         """A constant that is made when it is first asked for."""
         if key not in self._constants:
@@ -160,8 +184,7 @@ class Builder:
 
     def _binary(self, integers: type[IRDLOperation], floats: type[IRDLOperation], a: SSAValue, b: SSAValue) -> SSAValue:
         a, b = self._alike(a, b)
-        element = a.type.element_type if isinstance(a.type, VectorType) else a.type
-        return self._add((floats if element == f32 else integers)(a, b))  # pyright: ignore[reportCallIssue]
+        return self._add((floats if _part(a) in (f32, f64) else integers)(a, b))  # pyright: ignore[reportCallIssue]
 
     def _alike(self, a: SSAValue, b: SSAValue) -> tuple[SSAValue, SSAValue]:
         if is_vector(a) and not is_vector(b):

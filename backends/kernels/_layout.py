@@ -27,7 +27,7 @@ LANES = 32
 LARGEST_VECTOR = 64
 """Blocks up to so many values stay in registers; longer ones are read twice."""
 
-Kind = Literal["elements", "blocks", "rows", "whole"]
+Kind = Literal["elements", "blocks", "rows", "whole", "means"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Layout:
     """How one tensor is rounded: which kernel, with which numbers, on which order of its values.
 
     elements: every value alone. blocks: each of `size` values, held in registers. rows: each block of `size` values is
-    read twice. whole: the tensor is one block, so that its threads share one largest magnitude.
-    `tiling` is None where the tensor's own order is the order of its blocks; `padding` are zeros behind each block.
+    read twice. whole: the tensor is one block, so that its threads share one largest magnitude. means: as rows, but the
+    scales of all rows are computed before. `tiling` is None where the tensor's own order is the order of its blocks;
+    `padding` are zeros behind each block. `own` is how many values a block has that are no padding, None where that
+    differs. `split` is the shape of the values while they are rounded, in which noise from `seed` is drawn.
     """
 
     kind: Kind
@@ -44,6 +46,17 @@ class Layout:
     size: int = 1
     padding: int = 0
     tiling: Tiling | None = None
+    own: int | None = None
+    split: tuple[int, ...] = ()
+    seed: int = 0
+
+    @property
+    def native_only(self) -> str | None:
+        """Why the block function alone does not round so."""
+        if self.function.noisy:
+            return "stochastic rounding draws its noise from torch"
+        beyond = self.function.rule in ("minmax", "absmean")
+        return f"no kernel for the scale rule {self.function.rule}" if beyond else None
 
 
 @lru_cache(maxsize=4096)
@@ -54,25 +67,35 @@ def layout_of(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> Layout |
     """
     numbers = block_numbers(fmt, how)
     if isinstance(numbers, str) or numbers.scale is None:
-        return numbers if isinstance(numbers, str) else Layout("elements", numbers)
+        return numbers if isinstance(numbers, str) else Layout("elements", numbers, split=shape, seed=how.seed)
     assert isinstance(fmt, BlockType)
     tiling = fmt.tiling(shape)
     size = prod(tiling.block)
     in_order = not tiling.is_ragged and _is_contiguous(tiling.block, tiling.trailing)
-    order = None if in_order else tiling
-    if prod(tiling.grid) == 1 and size > LARGEST_VECTOR and not numbers.tensor_scale:
-        return Layout("whole", numbers, size, 0, order)
-    if size <= LARGEST_VECTOR and size & (size - 1) == 0:
-        return Layout("blocks", replace(numbers, lanes=size), size, 0, order)
+    pairs = zip(tiling.tiles, tiling.block, strict=True)
+    laid = Layout(
+        "whole",
+        numbers,
+        size,
+        tiling=None if in_order else tiling,
+        own=None if tiling.is_ragged else size,
+        split=(*tiling.leading, *(length for pair in pairs for length in pair)),
+        seed=how.seed,
+    )
+    means = numbers.rule == "absmean"
+    if prod(tiling.grid) == 1 and (size > LARGEST_VECTOR or means) and not numbers.tensor_scale:
+        return laid
+    if size <= LARGEST_VECTOR and size & (size - 1) == 0 and not means:
+        return replace(laid, kind="blocks", function=replace(numbers, lanes=size))
     padding = -size % 8
     lanes = next(lanes for lanes in (32, 16, 8) if (size + padding) % lanes == 0)
-    return Layout("rows", replace(numbers, lanes=lanes), size, padding, order if not padding else tiling)
+    kind = "means" if means else "rows"
+    laid = replace(laid, kind=kind, function=replace(numbers, lanes=lanes), padding=padding)
+    return replace(laid, tiling=tiling) if padding else laid
 
 
 def block_numbers(fmt: Attribute, how: Rounding) -> BlockFunction | str:
     """What the block function of a format and a rounding is written from, or why there is none."""
-    if how.rounding == "stochastic":
-        return "stochastic rounding draws its noise from torch"
     numbers = numbers_of(fmt)
     if isinstance(numbers, Plain):
         refuse_scale_options(numbers, how)
@@ -84,8 +107,6 @@ def block_numbers(fmt: Attribute, how: Rounding) -> BlockFunction | str:
 
 def _scaled(fmt: BlockType, how: Rounding) -> BlockFunction | str:
     rule = fmt.rule(how)
-    if rule in ("minmax", "absmean"):
-        return f"no kernel for the scale rule {rule}"
     element = fmt.scaling((1,) * len(fmt.dims)).element
     return _refusal(element) or BlockFunction(
         element,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import addressof, c_void_p
 from functools import lru_cache
 from math import inf
 from struct import Struct
@@ -10,15 +11,21 @@ from typing import TYPE_CHECKING, Any
 from ...dialects.formats._scale import minifloat_of_scale
 from . import native
 from ._layout import LANES, Layout
-from .block_function import BlockFunction, block_function, element_function, magnitudes, scale_function
-from .lowering import GROUP, groups_kernel, largest_kernel, pieces_kernel, rows_kernel
+from ._team import team_size
+from ._whole_scales import mean_scales, range_scale
+from .block_function import (
+    BlockFunction,
+    block_function,
+    element_function,
+    magnitudes,
+    measure_function,
+    scale_function,
+)
+from .lowering import GROUP, given_rows_kernel, groups_kernel, largest_kernel, pieces_kernel, rows_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from xdsl.dialects.builtin import ModuleOp
-
-SERIAL_BELOW = 1 << 17
-"""Values under which no team of threads is woken: where other processes hold the cores, that can take milliseconds."""
+    from xdsl.dialects.func import FuncOp
 
 INFINITY_BITS = 0x7F800000
 
@@ -30,10 +37,9 @@ class Prepared:
         import torch
 
         self.layout, self.dtype = layout, dtype
-        numbers = layout.function
         self.in_place = layout.tiling is None and dtype == torch.float32
-        make = {"blocks": _groups_kernel, "rows": _rows_kernel}.get(layout.kind, _pieces_kernel)
-        self._kernel = make(numbers)
+        makers = {"blocks": _groups_kernel, "rows": _rows_kernel, "means": _given_rows_kernel}
+        self._kernel = makers.get(layout.kind, _pieces_kernel)(layout.function)
         self._length = layout.size + layout.padding
 
     def __call__(self, x: Tensor, out: Tensor | None) -> Tensor:
@@ -42,6 +48,10 @@ class Prepared:
 
         if not (self.in_place and x.is_contiguous()):
             return self._in_order(x, out)
+        if self.layout.function.noisy:
+            target = self._noise().view(x.shape)
+            self._round(x, target)
+            return target if out is None else out.copy_(target)
         at_hand = out is not None and out.dtype == torch.float32 and out.is_contiguous()
         target = out if at_hand else torch.empty(x.shape, dtype=torch.float32, device="cpu")
         assert target is not None
@@ -55,30 +65,65 @@ class Prepared:
         layout = self.layout
         source = x.float()
         source = (source if layout.tiling is None else layout.tiling.stream(source)).contiguous()
-        if layout.padding:
-            source = torch.nn.functional.pad(source.reshape(-1, layout.size), (0, layout.padding))
-        target = torch.empty_like(source)
+        source = self._padded(source)
+        target = self._padded(self._noise()) if layout.function.noisy else torch.empty_like(source)
         self._round(source, target)
         if layout.padding:
             target = target[:, : layout.size]
-        if layout.tiling is not None:
-            target = layout.tiling.unstream(target.reshape(-1))
+        target = target.reshape(x.shape) if layout.tiling is None else layout.tiling.unstream(target.reshape(-1))
         if self.dtype != torch.float32:
             top = torch.finfo(self.dtype).max
             target = target.clamp_(-top, top).to(self.dtype)
         return target.contiguous() if out is None else out.copy_(target)
 
+    def _padded(self, stream: Tensor) -> Tensor:
+        import torch
+
+        layout = self.layout
+        if not layout.padding:
+            return stream
+        return torch.nn.functional.pad(stream.reshape(-1, layout.size), (0, layout.padding))
+
+    def _noise(self) -> Tensor:
+        """The noise of the definition, drawn as it draws it, in the order of the blocks."""
+        import torch
+
+        layout = self.layout
+        generator = torch.Generator().manual_seed(layout.seed)
+        noise = torch.rand(layout.split, generator=generator, dtype=torch.float32, device="cpu")
+        return noise if layout.tiling is None else layout.tiling.stream_of_split(noise)
+
     def _round(self, source: Tensor, target: Tensor) -> None:
         count = source.numel()
         threads = team_size(count)
-        if self.layout.kind not in ("blocks", "rows"):
-            given = largest_bits(source, threads) if self.layout.kind == "whole" else 0
-            _pieces(self._kernel, source, target, given, threads)
+        layout, numbers = self.layout, self.layout.function
+        if layout.kind not in ("blocks", "rows", "means"):
+            given, over = self._of_whole(source, threads)
+            _pieces(self._kernel, source, target, given, threads, over)
             return
-        over = tensor_scale(source, self.layout.function, threads) if self.layout.function.tensor_scale else 1.0
         blocks = count // self._length
+        places = None
+        over, written = 1.0, target.data_ptr()
+        if layout.kind == "means":
+            scales = mean_scales(source, layout)
+            places = (c_void_p * 2)(written, scales.data_ptr())
+            written = addressof(places)
+        elif numbers.tensor_scale:
+            over = tensor_scale(source, numbers, threads)
         threads = min(threads, blocks)
-        self._kernel(source.data_ptr(), target.data_ptr(), blocks, over=over, length=self._length, threads=threads)
+        self._kernel(source.data_ptr(), written, blocks, over=over, length=self._length, threads=threads)
+
+    def _of_whole(self, source: Tensor, threads: int) -> tuple[int, float]:
+        """What `@q` takes beside values: bits of the largest magnitude or of the zero point; a scale."""
+        layout, numbers = self.layout, self.layout.function
+        if layout.kind == "elements":
+            return 0, 1.0
+        if numbers.zero_points:
+            scale, zero = range_scale(source, numbers)
+            return _I32.unpack(_F32.pack(zero))[0], scale
+        if numbers.rule == "absmean":
+            return 0, mean_scales(source, layout).item()
+        return largest_bits(source, threads), 1.0
 
 
 def tensor_scale(source: Tensor, numbers: BlockFunction, threads: int) -> float:
@@ -110,28 +155,27 @@ def largest_bits(x: Tensor, threads: int = 1) -> int:
     return _pieces(_largest_kernel(), x, None, 0, threads)
 
 
-def _pieces(kernel: native.Kernel, source: Tensor, target: Tensor | None, given: int, threads: int) -> int:
+def _pieces(
+    kernel: native.Kernel, source: Tensor, target: Tensor | None, given: int, threads: int, over: float = 1.0
+) -> int:
     """Run a kernel that takes `LANES` values at once on any number of them: the rest in a piece filled with zeros."""
     import torch
 
     count = source.numel()
     whole, rest = divmod(count, LANES)
     written = 0 if target is None else target.data_ptr()
-    seen = kernel(source.data_ptr(), written, whole, given=given, threads=min(threads, whole)) if whole else 0
+    seen = 0
+    if whole:
+        seen = kernel(source.data_ptr(), written, whole, given=given, over=over, threads=min(threads, whole))
     if rest:
-        piece = torch.zeros(LANES, dtype=torch.float32, device="cpu")
+        piece, result = torch.zeros(2, LANES, dtype=torch.float32, device="cpu")
         piece[:rest] = source.view(-1)[count - rest :]
-        seen = max(seen, kernel(piece.data_ptr(), piece.data_ptr(), 1, given=given))
+        if target is not None:  # noise may lie there
+            result[:rest] = target.view(-1)[count - rest :]
+        seen = max(seen, kernel(piece.data_ptr(), result.data_ptr(), 1, given=given, over=over))
         if target is not None:
-            target.view(-1)[count - rest :] = piece[:rest]
+            target.view(-1)[count - rest :] = result[:rest]
     return seen
-
-
-def team_size(count: int) -> int:
-    """The threads that work on so many values."""
-    import torch
-
-    return 1 if count < SERIAL_BELOW else torch.get_num_threads()
 
 
 @lru_cache(maxsize=1024)
@@ -141,16 +185,23 @@ def _pieces_kernel(numbers: BlockFunction) -> native.Kernel:
 
 @lru_cache(maxsize=1024)
 def _groups_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"groups {numbers}", lambda: _groups(numbers))
-
-
-def _groups(numbers: BlockFunction) -> ModuleOp:
-    return groups_kernel(magnitudes(numbers.lanes), scale_function(numbers, GROUP), element_function(numbers))
+    return native.Kernel(f"groups {numbers}", lambda: groups_kernel(*_parts(numbers, GROUP)))
 
 
 @lru_cache(maxsize=1024)
 def _rows_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"rows {numbers}", lambda: rows_kernel(block_function(numbers), magnitudes(numbers.lanes)))
+    return native.Kernel(f"rows {numbers}", lambda: rows_kernel(*_parts(numbers, None)))
+
+
+@lru_cache(maxsize=1024)
+def _given_rows_kernel(numbers: BlockFunction) -> native.Kernel:
+    return native.Kernel(f"given rows {numbers}", lambda: given_rows_kernel(block_function(numbers)))
+
+
+def _parts(numbers: BlockFunction, blocks: int | None) -> tuple[FuncOp, tuple[str, ...], FuncOp, FuncOp]:
+    """The functions that a kernel for blocks is made of, and how results of the first are brought together."""
+    measure, scale = measure_function(numbers), scale_function(numbers, blocks)
+    return measure, numbers.reductions, scale, element_function(numbers)
 
 
 @lru_cache(maxsize=1)

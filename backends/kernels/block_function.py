@@ -7,6 +7,7 @@ clamp, bring to whole numbers by an exact power of two, round, bring back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import pack, unpack
 
@@ -17,6 +18,7 @@ from xdsl.ir import Attribute, Block, Region, SSAValue
 from ...dialects.formats._element import Element, Fixed, Minifloat
 from ...dialects.formats._scale import minifloat_of_scale
 from ._builder import Builder
+from .zero_point import scale_and_zero_point
 
 EXPONENT = 0x7F800000
 INFINITY = 0x7F800000
@@ -29,7 +31,8 @@ class BlockFunction:
     """The numbers that `@q` is written from.
 
     `lanes` is how many values it takes at once. `scale` is None where there is none; `tensor_scale` says that block
-    scales stand under a scale of the tensor. `clip` scales the largest magnitude.
+    scales stand under a scale of the tensor. `clip` scales the largest magnitude. Under the rule minmax blocks have
+    zero points. Under the rule absmean scales are computed before (a mean is no matter of one block's registers).
     """
 
     element: Element
@@ -40,23 +43,41 @@ class BlockFunction:
     rounding: str = "rne"
     clip: float | None = None
 
+    @property
+    def zero_points(self) -> bool:
+        return self.rule == "minmax"
+
+    @property
+    def noisy(self) -> bool:
+        """Whether functions take noise in [0, 1) as their last argument, one number per value."""
+        return self.rounding == "stochastic"
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """What brings the results of `@measure` together, over lanes and pieces."""
+        return ("smin", "smax") if self.zero_points else ("umax",)
+
 
 def block_function(numbers: BlockFunction) -> FuncOp:
     """`func @q(vector of lanes x f32, i32, f32) -> vector of lanes x f32`: part of a block, or values without a scale.
 
     The second argument are the bits of the block's largest magnitude, the third is the scale of the tensor; neither is
-    read where there is none.
+    read where there is none. Under the rules absmean and minmax the third is the block's scale; under minmax the second
+    are the bits of the zero point (f32).
     """
     kind = VectorType(f32, [numbers.lanes])
-    block = Block(arg_types=[kind, i32, f32])
-    values, largest, over = block.args
+    kinds = [kind, i32, f32] + [kind] * numbers.noisy
+    block = Block(arg_types=kinds)
+    values, given, over, *noise = block.args
     b = Builder(block, numbers.lanes)
     if numbers.scale is None:
-        rounded = _element(b, values, numbers)
+        rounded = _element(b, values, numbers, noise)
+    elif numbers.zero_points:
+        rounded = _shifted(b, values, over, _divisor(b, over), b.float(given), numbers, noise)
     else:
-        rounded = _rounded(b, values, *scales_of(b, largest, over, numbers), numbers)
+        rounded = _rounded(b, values, *scales_of(b, given, over, numbers), numbers, noise)
     block.add_op(ReturnOp(rounded))
-    return FuncOp("q", FunctionType.from_lists([kind, i32, f32], [kind]), Region(block))
+    return FuncOp("q", FunctionType.from_lists(kinds, [kind]), Region(block))
 
 
 def magnitudes(lanes: int) -> FuncOp:
@@ -67,24 +88,59 @@ def magnitudes(lanes: int) -> FuncOp:
     return FuncOp("magnitudes", FunctionType.from_lists([kind], [VectorType(i32, [lanes])]), Region(block))
 
 
-def scale_function(numbers: BlockFunction, blocks: int) -> FuncOp:
-    """`func @scale(vector of blocks x i32, f32) -> (vector of blocks x f32, the same)`: for several blocks at once.
+def measure_function(numbers: BlockFunction) -> FuncOp:
+    """`func @measure(vector of lanes x f32) -> vectors of lanes x i32`: what a scale is made from, once reduced.
 
-    From the bits of the largest magnitudes and the scale of the tensor: scales, and what values are brought to them by.
+    The bits of magnitudes; under the rule minmax twice the values as integers that order as they do.
     """
-    kind, largest = VectorType(f32, [blocks]), VectorType(i32, [blocks])
-    block = Block(arg_types=[largest, f32])
-    block.add_op(ReturnOp(*scales_of(Builder(block, blocks), block.args[0], block.args[1], numbers)))
-    return FuncOp("scale", FunctionType.from_lists([largest, f32], [kind, kind]), Region(block))
+    if not numbers.zero_points:
+        return magnitudes(numbers.lanes)
+    kind, keys = VectorType(f32, [numbers.lanes]), VectorType(i32, [numbers.lanes])
+    block = Block(arg_types=[kind])
+    b = Builder(block, numbers.lanes)
+    ordered = b.ordered(b.bits(block.args[0]))
+    block.add_op(ReturnOp(ordered, ordered))
+    return FuncOp("measure", FunctionType.from_lists([kind], [keys, keys]), Region(block))
+
+
+def scale_function(numbers: BlockFunction, blocks: int | None) -> FuncOp:
+    """`func @scale(i32 ..., f32) -> (f32, f32 ...)`: for one block, or for vectors of `blocks` at once.
+
+    From the reduced results of `@measure` and the scale of the tensor: scales; what values are divided by (where scales
+    are powers of two: multiplied with); zero points, where blocks have them.
+    """
+    whole: Attribute = i32 if blocks is None else VectorType(i32, [blocks])
+    real: Attribute = f32 if blocks is None else VectorType(f32, [blocks])
+    measured = [whole] * len(numbers.reductions)
+    block = Block(arg_types=[*measured, f32])
+    b = Builder(block, blocks or 1)
+    if numbers.zero_points:
+        assert numbers.scale is not None
+        low, high = (b.float(b.ordered(key)) for key in block.args[:2])
+        scale, zero = scale_and_zero_point(b, low, high, numbers.element, numbers.scale, numbers.clip)
+        results = [scale, _divisor(b, scale), zero]
+    else:
+        results = [*scales_of(b, block.args[0], block.args[1], numbers)]
+    block.add_op(ReturnOp(*results))
+    return FuncOp("scale", FunctionType.from_lists([*measured, f32], [real] * len(results)), Region(block))
 
 
 def element_function(numbers: BlockFunction) -> FuncOp:
-    """`func @elements(vector of lanes x f32, three times) -> the same`: values, scales, divisors to rounded values."""
+    """`func @elements(vector of lanes x f32, ...) -> vector of lanes x f32`: values to rounded values.
+
+    Beside the values it takes what `@scale` gives, in every lane, and noise where rounding is stochastic.
+    """
     kind = VectorType(f32, [numbers.lanes])
-    block = Block(arg_types=[kind] * 3)
-    values, scale, divisor = block.args
-    block.add_op(ReturnOp(_rounded(Builder(block, numbers.lanes), values, scale, divisor, numbers)))
-    return FuncOp("elements", FunctionType.from_lists([kind] * 3, [kind]), Region(block))
+    kinds = [kind] * (3 + numbers.zero_points + numbers.noisy)
+    block = Block(arg_types=kinds)
+    values, scale, divisor, *others = block.args
+    b = Builder(block, numbers.lanes)
+    if numbers.zero_points:
+        rounded = _shifted(b, values, scale, divisor, others[0], numbers, others[1:])
+    else:
+        rounded = _rounded(b, values, scale, divisor, numbers, others)
+    block.add_op(ReturnOp(rounded))
+    return FuncOp("elements", FunctionType.from_lists(kinds, [kind]), Region(block))
 
 
 def scales_of(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction) -> tuple[SSAValue, SSAValue]:
@@ -97,6 +153,8 @@ def levels_of(
     b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunction
 ) -> tuple[SSAValue, SSAValue, SSAValue]:
     """The block's own scale as it is stored, its product with that of the tensor, what values are brought to it by."""
+    if numbers.rule == "absmean":
+        return over, over, _divisor(b, over)
     if numbers.clip is not None:
         largest = b.bits(b.multiply(b.float(largest), b.number(numbers.clip)))
     if numbers.scale == f8E8M0FNU:
@@ -104,20 +162,50 @@ def levels_of(
         return scale, scale, inverse
     stored = _quotient(b, largest, over, numbers)
     scale = b.multiply(stored, over) if numbers.tensor_scale else stored
-    zero = b.compare("oeq", scale, b.number(0.0))
-    return stored, scale, b.select(zero, b.float(b.integer(INFINITY)), scale)
+    return stored, scale, _divisor(b, scale)
 
 
-def _rounded(b: Builder, values: SSAValue, scale: SSAValue, divisor: SSAValue, numbers: BlockFunction) -> SSAValue:
-    return _finite(b, b.multiply(scaled_element(b, values, divisor, numbers), scale))
+def _divisor(b: Builder, scale: SSAValue) -> SSAValue:
+    """What values are divided by: a scale that underflowed to 0 makes zeros of them."""
+    return b.select(b.compare("oeq", scale, b.number(0.0)), b.float(b.integer(INFINITY)), scale)
 
 
-def scaled_element(b: Builder, values: SSAValue, divisor: SSAValue, numbers: BlockFunction) -> SSAValue:
+def _rounded(
+    b: Builder,
+    values: SSAValue,
+    scale: SSAValue,
+    divisor: SSAValue,
+    numbers: BlockFunction,
+    noise: Sequence[SSAValue],
+) -> SSAValue:
+    return _finite(b, b.multiply(scaled_element(b, values, divisor, numbers, noise), scale))
+
+
+def scaled_element(
+    b: Builder, values: SSAValue, divisor: SSAValue, numbers: BlockFunction, noise: Sequence[SSAValue] = ()
+) -> SSAValue:
     """The values of the elements that stand for values under a scale."""
     if numbers.scale is None:
-        return _element(b, values, numbers)
+        return _element(b, values, numbers, noise)
     exact = numbers.scale == f8E8M0FNU
-    return _element(b, b.multiply(values, divisor) if exact else b.divide(values, divisor), numbers)
+    return _element(b, b.multiply(values, divisor) if exact else b.divide(values, divisor), numbers, noise)
+
+
+def _shifted(
+    b: Builder,
+    values: SSAValue,
+    scale: SSAValue,
+    divisor: SSAValue,
+    zero: SSAValue,
+    numbers: BlockFunction,
+    noise: Sequence[SSAValue],
+) -> SSAValue:
+    """Values rounded to whole multiples of a scale, between the lowest and the highest code less the zero point."""
+    element = numbers.element
+    assert isinstance(element, Fixed)
+    low, high = (b.subtract(b.number(code), zero) for code in (element.bottom_code, element.top_code))
+    codes = _whole(b, b.clamp(b.divide(values, divisor), low, high), numbers.rounding, noise)
+    return _finite(b, b.multiply(b.add(codes, b.number(0.0)), scale))
 
 
 def _finite(b: Builder, value: SSAValue) -> SSAValue:
@@ -187,29 +275,31 @@ def _quotient(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunct
     return b.select(b.compare("oeq", vanishing, b.number(0.0)), of_zero, rounded)
 
 
-def _element(b: Builder, values: SSAValue, numbers: BlockFunction) -> SSAValue:
+def _element(b: Builder, values: SSAValue, numbers: BlockFunction, noise: Sequence[SSAValue]) -> SSAValue:
     """Values rounded to the element's grid, saturating; NaN stays NaN."""
     element = numbers.element
     if isinstance(element, Minifloat):
-        return _minifloat(b, values, element, numbers.rounding)
+        return _minifloat(b, values, element, numbers.rounding, noise)
     assert isinstance(element, Fixed)
     low, high = element.bottom_code, element.top_code
     if element.fraction:
         values = b.multiply(values, b.number(2.0**element.fraction))
-    codes = _whole(b, b.clamp(values, b.number(low), b.number(high)), numbers.rounding)
+    codes = _whole(b, b.clamp(values, b.number(low), b.number(high)), numbers.rounding, noise)
     if element.fraction:
         codes = b.multiply(codes, b.number(2.0**-element.fraction))
     return b.add(codes, b.number(0.0))  # no negative zero
 
 
-def _minifloat(b: Builder, values: SSAValue, element: Minifloat, rounding: str) -> SSAValue:
+def _minifloat(
+    b: Builder, values: SSAValue, element: Minifloat, rounding: str, noise: Sequence[SSAValue] = ()
+) -> SSAValue:
     if element.saturating:
         values = b.clamp(values, b.number(-element.largest), b.number(element.largest))
     exponent = b.both(b.bits(values), b.integer(EXPONENT))
     step = b.subtract(
         b.larger(exponent, b.integer((element.lowest_exponent + 127) << 23)), b.integer(element.precision << 23)
     )
-    whole = _whole(b, b.multiply(values, b.float(b.subtract(b.integer(254 << 23), step))), rounding)
+    whole = _whole(b, b.multiply(values, b.float(b.subtract(b.integer(254 << 23), step))), rounding, noise)
     rounded = b.multiply(whole, b.float(step))
     return rounded if element.has_negative_zero else b.add(rounded, b.number(0.0))
 
@@ -225,8 +315,12 @@ def _half_of_f32(b: Builder, value: SSAValue, kind: Minifloat) -> SSAValue:
     return b.select(b.compare("oeq", value, value), rounded, value)
 
 
-def _whole(b: Builder, values: SSAValue, rounding: str) -> SSAValue:
+def _whole(b: Builder, values: SSAValue, rounding: str, noise: Sequence[SSAValue]) -> SSAValue:
     """Values rounded to whole numbers; zeros keep their sign."""
+    if rounding == "stochastic":  # up where the noise lies below the remainder
+        whole = b.round_down(values)
+        up = b.select(b.compare("olt", noise[0], b.subtract(values, whole)), b.number(1.0), b.number(0.0))
+        return b.with_sign(b.magnitude(b.add(whole, up)), values)
     if rounding == "rne":
         return b.round_even(values)
     if rounding == "rtz":

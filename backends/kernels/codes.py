@@ -12,7 +12,8 @@ from ...dialects.formats import BlockType
 from ...dialects.formats._element import Fixed
 from . import native
 from ._layout import LARGEST_VECTOR, block_numbers
-from ._prepared import largest_bits, team_size, tensor_scale
+from ._prepared import largest_bits, tensor_scale
+from ._team import team_size
 from .block_function import BlockFunction, magnitudes
 from .code_function import code_function, code_scale_function, largest_code, why_no_codes
 from .codes_kernel import code_groups_kernel, code_rows_kernel
@@ -164,6 +165,10 @@ def _layout(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> CodeLayout
     numbers = block_numbers(fmt, how)
     if isinstance(numbers, str):
         return numbers
+    if numbers.noisy:
+        return "no codes by stochastic rounding"
+    if numbers.rule in ("minmax", "absmean"):
+        return f"no codes for the scale rule {numbers.rule}"
     if reason := why_no_codes(numbers):
         return reason
     if not prod(shape) or not shape:

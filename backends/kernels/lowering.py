@@ -28,6 +28,8 @@ _SAME: dict[type[Operation], type[Operation]] = {
     arith.AndIOp: llvm.AndOp,
     arith.OrIOp: llvm.OrOp,
     arith.ShRUIOp: llvm.LShrOp,
+    arith.ShRSIOp: llvm.AShrOp,
+    arith.XOrIOp: llvm.XOrOp,
     arith.AddfOp: llvm.FAddOp,
     arith.SubfOp: llvm.FSubOp,
     arith.MulfOp: llvm.FMulOp,
@@ -39,6 +41,7 @@ _INTRINSICS: dict[type[Operation], str] = {
     arith.MinSIOp: "llvm.smin",
     math.RoundEvenOp: "llvm.roundeven",
     math.TruncOp: "llvm.trunc",
+    math.FloorOp: "llvm.floor",
 }
 
 POINTER = llvm.LLVMPointerType()
@@ -120,6 +123,10 @@ class Writer:
                 return self.add(llvm.ConstantOp(_listed(op.value), kind))
             case arith.BitcastOp():
                 return self.add(llvm.BitcastOp(operands[0], kind))
+            case arith.ExtFOp():
+                return self.add(llvm.FPExtOp(operands[0], kind))
+            case arith.TruncFOp():
+                return self.add(llvm.FPTruncOp(operands[0], kind))
             case vector.BroadcastOp():
                 assert isinstance(kind, VectorType)
                 return self.spread(operands[0], kind.get_shape()[0])
@@ -157,7 +164,8 @@ def pieces_kernel(function: FuncOp) -> ModuleOp:
     """`i32 kernel(source, target, first, end, given, over, length)`: `@q` on pieces of as many f32 as it takes.
 
     The pieces are those from `first` to `end`. Every kernel has the same arguments, read or not; it yields the bits of
-    the largest magnitude where it looks for one, else 0.
+    the largest magnitude where it looks for one, else 0. Where a function takes noise, it lies in the target, which
+    then takes the result.
     """
     values = vector_of(function)
     writer, (source, target, first, end, given, over, _) = start()
@@ -165,8 +173,7 @@ def pieces_kernel(function: FuncOp) -> ModuleOp:
 
     def body(index: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
         offset = writer.add(llvm.MulOp(index, writer.constant(lanes)))
-        (rounded,) = writer.inline(function, [writer.load(writer.at(source, offset), values), given, over])
-        writer.store(rounded, writer.at(target, offset))
+        _apply(writer, function, source, target, offset, [given, over])
         return []
 
     writer.loop(first, end, 1, [], body)
@@ -177,72 +184,114 @@ GROUP = 8
 """Blocks whose scales are computed at once."""
 
 
-def groups_kernel(magnitudes: FuncOp, scale: FuncOp, elements: FuncOp) -> ModuleOp:
+def groups_kernel(measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp) -> ModuleOp:
     """The same arguments, for blocks: the scales of eight at a time, then their elements."""
     values = vector_of(elements)
     lanes = values.get_shape()[0]
     writer, (source, target, first, end, _, over, _) = start()
 
     # Loops over the blocks of a group, not eight copies of their code: that would take ten times as long to compile.
-    tops, scales, divisors = (writer.array(kind, GROUP) for kind in (i32, f32, f32))
+    tops = [writer.array(i32, GROUP) for _ in reductions]
+    factors = [writer.array(f32, GROUP) for _ in scale.function_type.outputs]
 
     def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
         begin = writer.add(llvm.MulOp(index, writer.constant(lanes)))
         left = writer.add(llvm.SubOp(end, index))
         count = writer.intrinsic("llvm.smin", [left, writer.constant(GROUP)], i64)
 
-        def measure(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        def measured(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
-            (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, offset), values)])
-            writer.store(writer.intrinsic("llvm.vector.reduce.umax", [own], i32), writer.at(tops, place, i32))
+            own = writer.inline(measure, [writer.load(writer.at(source, offset), values)])
+            for part, reduction, top in zip(own, reductions, tops, strict=True):
+                reduced = writer.intrinsic(f"llvm.vector.reduce.{reduction}", [part], i32)
+                writer.store(reduced, writer.at(top, place, i32))
             return []
 
         def rounded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
-            loaded = writer.load(writer.at(source, offset), values)
-            own, divisor = (writer.spread(writer.load(writer.at(a, place), f32), lanes) for a in (scales, divisors))
-            (result,) = writer.inline(elements, [loaded, own, divisor])
-            writer.store(result, writer.at(target, offset))
+            own = [writer.spread(writer.load(writer.at(factor, place), f32), lanes) for factor in factors]
+            _apply(writer, elements, source, target, offset, own)
             return []
 
-        writer.loop(writer.constant(0), count, 1, [], measure)
-        largest = writer.load(tops, VectorType(i32, [GROUP]))
-        for computed, place in zip(writer.inline(scale, [largest, over]), (scales, divisors), strict=True):
+        writer.loop(writer.constant(0), count, 1, [], measured)
+        found = [writer.load(top, VectorType(i32, [GROUP])) for top in tops]
+        for computed, place in zip(writer.inline(scale, [*found, over]), factors, strict=True):
             writer.store(computed, place)
         writer.loop(writer.constant(0), count, 1, [], rounded)
-        return [writer.intrinsic("llvm.umax", [carried[0], largest], largest.type)]
+        return [writer.intrinsic("llvm.umax", [carried[0], found[0]], found[0].type)]
 
     none = writer.add(llvm.ConstantOp(zeros(GROUP), VectorType(i32, [GROUP])))
-    writer.store(none, tops)  # a last group may be short: what it leaves as it was has been counted already
+    for top in tops:  # a last group may be short: what it leaves as it was has been counted already
+        writer.store(none, top)
     (seen,) = writer.loop(first, end, GROUP, [none], group)
     return finish(writer, writer.intrinsic("llvm.vector.reduce.umax", [seen], i32))
 
 
-def rows_kernel(function: FuncOp, magnitudes: FuncOp) -> ModuleOp:
-    """The same arguments: each row of `length` values is one block, read for its largest magnitude, then rounded.
+def rows_kernel(measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp) -> ModuleOp:
+    """The same arguments: each row of `length` values is one block, read to be measured, then rounded.
 
-    `length` is a multiple of the lanes of both functions.
+    `length` is a multiple of the lanes of all functions.
     """
-    values = vector_of(function)
-    lanes = values.get_shape()[0]
+    lanes = vector_of(elements).get_shape()[0]
     writer, (source, target, first, end, _, over, length) = start()
 
     def row(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
         begin = writer.add(llvm.MulOp(index, length))
         behind = writer.add(llvm.AddOp(begin, length))
-        largest = largest_of(writer, magnitudes, source, begin, behind)
+        measured = measured_row(writer, measure, reductions, source, begin, behind)
+        factors = [writer.spread(one, lanes) for one in writer.inline(scale, [*measured, over])]
 
         def rounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            loaded = writer.load(writer.at(source, at), values)
-            (result,) = writer.inline(function, [loaded, largest, over])
-            writer.store(result, writer.at(target, at))
+            _apply(writer, elements, source, target, at, factors)
             return []
 
         writer.loop(begin, behind, lanes, [], rounded)
-        return [writer.intrinsic("llvm.umax", [carried[0], largest], i32)]
+        return [writer.intrinsic("llvm.umax", [carried[0], measured[0]], i32)]
 
     (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], row)
     return finish(writer, largest)
+
+
+def given_rows_kernel(function: FuncOp) -> ModuleOp:
+    """The same arguments: `@q` on rows of `length` values whose scales stand already.
+
+    The target is the address of two addresses: of the rounded values, and of one f32 for each row, the scale.
+    """
+    lanes = vector_of(function).get_shape()[0]
+    writer, (source, places, first, end, given, _, length) = start()
+    target, scales = (writer.load(writer.at(places, writer.constant(i), POINTER), POINTER) for i in range(2))
+
+    def row(index: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        begin = writer.add(llvm.MulOp(index, length))
+        scale = writer.load(writer.at(scales, index), f32)
+
+        def rounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            _apply(writer, function, source, target, at, [given, scale])
+            return []
+
+        writer.loop(begin, writer.add(llvm.AddOp(begin, length)), lanes, [], rounded)
+        return []
+
+    writer.loop(first, end, 1, [], row)
+    return finish(writer, writer.constant(0, i32))
+
+
+def _apply(
+    writer: Writer,
+    function: FuncOp,
+    source: SSAValue,
+    target: SSAValue,
+    offset: SSAValue,
+    factors: Sequence[SSAValue],
+) -> None:
+    """A function on the values from `offset` on, these arguments, and noise from the target if it takes it."""
+    values = vector_of(function)
+    place = writer.at(target, offset)
+    arguments = [writer.load(writer.at(source, offset), values), *factors]
+    if len(arguments) < len(function.function_type.inputs):
+        arguments.append(writer.load(place, values))
+    (result,) = writer.inline(function, arguments)
+    writer.store(result, place)
 
 
 def largest_kernel(magnitudes: FuncOp) -> ModuleOp:
@@ -254,16 +303,27 @@ def largest_kernel(magnitudes: FuncOp) -> ModuleOp:
 
 
 def largest_of(writer: Writer, magnitudes: FuncOp, source: SSAValue, begin: SSAValue, end: SSAValue) -> SSAValue:
-    values = vector_of(magnitudes)
+    """The bits of the largest magnitude among the values [begin, end)."""
+    (largest,) = measured_row(writer, magnitudes, ["umax"], source, begin, end)
+    return largest
+
+
+def measured_row(
+    writer: Writer, measure: FuncOp, reductions: Sequence[str], source: SSAValue, begin: SSAValue, end: SSAValue
+) -> Sequence[SSAValue]:
+    """What `@measure` gives for the values [begin, end) and a zero, reduced to one i32 each."""
+    values = vector_of(measure)
     lanes = values.get_shape()[0]
 
-    def measure(at: SSAValue, seen: Sequence[SSAValue]) -> Sequence[SSAValue]:
-        (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, at), values)])
-        return [writer.intrinsic("llvm.umax", [seen[0], own], seen[0].type)]
+    def measured(at: SSAValue, seen: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        own = writer.inline(measure, [writer.load(writer.at(source, at), values)])
+        pairs = zip(reductions, seen, own, strict=True)
+        return [writer.intrinsic(f"llvm.{name}", [before, part], part.type) for name, before, part in pairs]
 
     none = writer.add(llvm.ConstantOp(zeros(lanes), VectorType(i32, [lanes])))
-    (seen,) = writer.loop(begin, end, lanes, [none], measure)
-    return writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)
+    found = writer.loop(begin, end, lanes, [none] * len(reductions), measured)
+    pairs = zip(reductions, found, strict=True)
+    return [writer.intrinsic(f"llvm.vector.reduce.{name}", [part], i32) for name, part in pairs]
 
 
 def start() -> tuple[Writer, Sequence[SSAValue]]:

@@ -81,7 +81,11 @@ class Tiling:
 
     def stream(self, x: Tensor) -> Tensor:
         """`x` as one dimension: block after block, each with its padding."""
-        return self.split(x).permute(self._stream_order).reshape(-1)
+        return self.stream_of_split(self.split(x))
+
+    def stream_of_split(self, split: Tensor) -> Tensor:
+        """A split tensor as one dimension."""
+        return split.permute(self._stream_order).reshape(-1)
 
     def unstream(self, stream: Tensor) -> Tensor:
         """The tensor of a stream."""

@@ -130,7 +130,7 @@ def test_two_threads_code_as_one() -> None:
         ("fixed<8,-3>", (4, 32), "the element's step lies outside 2^-22 to 1"),
         ("!mx.block<?xi16, f32>", (1, 70000), "sums of codes need more than 32 bits"),
         ("mxint8", (4, 0), "there is no row to round"),
-        ("int8_affine", (4, 32), "no kernel for the scale rule minmax"),
+        ("int8_affine", (4, 32), "no codes for the scale rule minmax"),
     ],
 )
 def test_what_has_no_codes_says_why(format: str, shape: tuple[int, ...], reason: str) -> None:

@@ -18,12 +18,14 @@ from mxloom.dialects.errors import MxloomError, UsageError
 from mxloom.dialects.formats import Rounding
 from mxloom.dialects.instances import INSTANCES, format_of
 
-WITHOUT_KERNEL = {name for name in INSTANCES if name.endswith("_affine")} | {"ternary", "bf16", "f16", "f32"}
+WITHOUT_KERNEL = {"bf16", "f16", "f32"}
 FORMATS = [name for name in INSTANCES if name not in WITHOUT_KERNEL]
 OTHERS = ["f8E5M2", "!mx.float<5, 2>", "fixed<8,-3>", "!mx.block<4xf16>", "!mx.block<17xi5, f32>", "!mx.block<256xi8>"]
 OTHERS += ["!mx.block<4xf8E5M2, f8E5M2, f32>", "!mx.block<4x8xf4E2M1FN>", "!mx.block<40xi4, f16>"]
-RULES = (None, "floor", "ceil", "even", "rceil")
-ROUNDINGS = ("rne", "rna", "rtz")
+OTHERS += ["!mx.block<8xi4, f16, zero i4>", "!mx.block<17xi8, f8E4M3FN, zero i8>", "!mx.block<4x8xi3, f8E5M2, zero i3>"]
+OTHERS += ["!mx.block<32x!mx.ternary, bf16>", "!mx.block<?x!mx.ternary, f32>", "!mx.block<100x!mx.ternary, f16>"]
+RULES = (None, "floor", "ceil", "even", "rceil", "absmax")
+ROUNDINGS = ("rne", "rna", "rtz", "stochastic")
 
 pytestmark = pytest.mark.skipif(
     native.why_not() is not None, reason=f"{native.why_not()}; run on x86-64 or 64-bit Arm with llvmlite"
@@ -99,9 +101,12 @@ def test_ten_million_values_of_any_bits(format: str) -> None:
     format=st.sampled_from([*FORMATS, *OTHERS]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     order=st.sampled_from(["as it is", "transposed", "every second", "shifted", "expanded"]),
+    rounding=st.sampled_from(["rne", "stochastic"]),
     seed=st.integers(0, 1000),
 )
-def test_any_shape_order_and_dtype(shape: list[int], format: str, dtype: torch.dtype, order: str, seed: int) -> None:
+def test_any_shape_order_and_dtype(
+    shape: list[int], format: str, dtype: torch.dtype, order: str, rounding: str, seed: int
+) -> None:
     x = random_bits((*shape[:-1], 2 * shape[-1] + 1) if shape else (), seed).to(dtype)
     if shape:
         start, step = (1, 2) if order == "every second" else (1, 1) if order == "shifted" else (0, 1)
@@ -110,16 +115,29 @@ def test_any_shape_order_and_dtype(shape: list[int], format: str, dtype: torch.d
         x = x[:1].expand(3 if len(x) else 0, *x.shape[1:]) if order == "expanded" else x
     try:
         fmt = format_of(format, rank=max(x.dim(), 1))
-        expected = formats.quantize(x, fmt)
+        expected = formats.quantize(x, fmt, Rounding(rounding=rounding, seed=seed))
     except MxloomError:  # blocks of more dimensions than the tensor has
         return
-    found = mxloom.fake_quantize(x, fmt)
+    found = mxloom.fake_quantize(x, fmt, rounding=rounding, seed=seed)
     assert found.shape == x.shape
     assert found.dtype == dtype
     assert torch.equal(bits(found), bits(expected))
 
 
-@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int8_tensor", "int8_channel", "fixed<8,6>", "ternary"])
+def test_a_mean_that_lies_between_two_scales_is_added_as_the_definition_adds() -> None:
+    x = torch.ones(2, 32)
+    x[0, 7] = 1 + 2.0**-19  # a mean of 1 + 2^-24 is no f32, and no nearer to one than to the next
+    fmt = format_of("!mx.block<32x!mx.ternary, f32>", rank=2)
+    assert why_not(fmt, Rounding(), x.dtype, (2, 32)) is None
+    assert torch.equal(mxloom.fake_quantize(x, fmt), torch.ones(2, 32))
+    for whole in (x, x.t()):
+        expected = formats.quantize(whole, format_of("ternary", rank=2))
+        assert torch.equal(mxloom.fake_quantize(whole, "ternary"), expected)
+
+
+@pytest.mark.parametrize(
+    "format", ["mxfp4", "nvfp4", "int8_tensor", "int8_channel", "int8_affine", "fixed<8,6>", "ternary"]
+)
 def test_out_is_written_and_returned(format: str) -> None:
     x = DATA["normal"]
     expected = formats.quantize(x, format_of(format, rank=2))
@@ -149,7 +167,10 @@ def test_an_out_that_does_not_fit(out: object, message: str) -> None:
         mxloom.fake_quantize(DATA["normal"], "mxfp4", out=out)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int8_tensor", "int8_channel", "fixed<8,6>"])
+@pytest.mark.parametrize(
+    "format",
+    ["mxfp4", "nvfp4", "int8_tensor", "int8_affine", "int4_g32_affine", "int8_channel", "ternary", "fixed<8,6>"],
+)
 def test_two_threads_round_as_one(format: str) -> None:
     x = random_bits((1024, 257), 5).nan_to_num(nan=1.0)
     before = torch.get_num_threads()
@@ -164,9 +185,7 @@ def test_two_threads_round_as_one(format: str) -> None:
 @pytest.mark.parametrize(
     ("format", "rounding", "dtype", "reason"),
     [
-        ("mxfp4", "stochastic", torch.float32, "stochastic rounding draws its noise from torch"),
         ("mxfp4", "rne", torch.float64, "no kernel for torch.float64"),
-        ("int8_affine", "rne", torch.float32, "no kernel for the scale rule minmax"),
         ("fixed<32,0>", "rne", torch.float32, "the element needs f64"),
         ("!mx.block<4xbf16>", "rne", torch.float32, "the element needs f64"),
     ],
