@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ...dialects import formats, torch_operators
 from ...dialects.arguments import came
 from ...dialects.errors import UsageError
-from ...dialects.formats import Rounding
+from ...dialects.formats import MixedType, Rounding
 from ...dialects.mx import parse_type
 from ...dialects.numbers import laid_out
 from ...dialects.torch_operators import operator
 from . import native
 from ._layout import layout_of
+from ._mixed import PreparedMixed
 from ._prepared import Prepared
 from .emitters import gpu
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from ...dialects.instances import Instance
 
-Kernel = Prepared | gpu.PreparedOnGPU
+Kernel = Prepared | PreparedMixed | gpu.PreparedOnGPU
 """What rounds tensors of one shape and dtype, on the processor or on a GPU."""
 
 _local = threading.local()
@@ -68,6 +69,8 @@ def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any, d
     """
     import torch
 
+    if isinstance(fmt, MixedType):
+        return _prepare_mixed(fmt, how, shape, dtype, device)
     layout = layout_of(fmt, how, shape)
     if isinstance(layout, str):
         return layout
@@ -76,17 +79,38 @@ def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any, d
     if not prod(shape):
         return "there is nothing to round"
     if device == "cuda":
-        return gpu.why_not() or gpu.prepare(layout, dtype)
+        return layout.native_only or gpu.why_not() or gpu.prepare(layout, dtype)
     if device != "cpu":
         return f"no kernel for the device {device}"
     return native.why_not() or Prepared(layout, dtype)
 
 
+def _prepare_mixed(fmt: MixedType, how: Rounding, shape: tuple[int, ...], dtype: Any, device: str) -> Kernel | str:
+    if how.threshold is None:
+        return "no threshold of block impact is given"
+    if device != "cpu":
+        return f"no kernel for mixed blocks on the device {device}"
+    (low, low_how), (high, high_how) = fmt.roundings(how)
+    parts = prepare(low, low_how, shape, dtype), prepare(high, high_how, shape, dtype)
+    if isinstance(parts[0], Prepared) and isinstance(parts[1], Prepared):
+        return PreparedMixed(fmt, how, parts[0], parts[1])
+    return next(part for part in parts if isinstance(part, str))
+
+
 @lru_cache(maxsize=4096)
 def _prepare_text(
-    fmt: str, scale_rule: str | None, rounding: str, clip: float | None, seed: int, shape: Any, dtype: Any, device: str
+    fmt: str,
+    scale_rule: str | None,
+    rounding: str,
+    clip: float | None,
+    seed: int,
+    threshold: float | None,
+    shape: Any,
+    dtype: Any,
+    device: str,
 ) -> Kernel | str:
-    return prepare(parse_type(fmt), Rounding(scale_rule, rounding, clip, seed), tuple(shape), dtype, device)
+    how = Rounding(scale_rule, rounding, clip, seed, threshold)
+    return prepare(parse_type(fmt), how, tuple(shape), dtype, device)
 
 
 @lru_cache(maxsize=4096, typed=True)
@@ -119,8 +143,9 @@ def quantize(
     threshold: float | None = None,
 ) -> Tensor:
     """What `mxloom::quantize` does on CPUs and CUDA devices: the bits of `dialects.formats.quantize`, contiguous."""
-    if switched_off() is None and threshold is None:
-        prepared = _prepare_text(format, scale_rule, rounding, clip, seed, input.shape, input.dtype, input.device.type)
+    if switched_off() is None:
+        kind = (input.shape, input.dtype, input.device.type)
+        prepared = _prepare_text(format, scale_rule, rounding, clip, seed, threshold, *kind)
         if isinstance(prepared, Kernel):
             return prepared(input, None)
     return torch_operators.quantize(input, format, scale_rule, rounding, clip, seed, threshold)
@@ -161,7 +186,7 @@ def fake_quantize(
             x, str(laid_out(format, x, dim)), scale_rule, rounding, clip, seed
         )
         return rounded if out is None else out.copy_(rounded)
-    if isinstance(format, str) and _is_plain(x) and switched_off() is None:
+    if isinstance(format, str) and is_plain(x) and switched_off() is None:
         prepared = None
         with suppress(TypeError):  # an argument of a wrong kind, for the checks below to name
             prepared = _prepare_named(format, scale_rule, rounding, dim, clip, seed, x.shape, x.dtype, x.device.type)
@@ -178,7 +203,7 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
     import torch
 
     with torch.no_grad():
-        if _is_plain(x.detach()) and switched_off() is None:
+        if is_plain(x.detach()) and switched_off() is None:
             prepared = prepare(fmt, how, tuple(x.shape), x.dtype, x.device.type)
             if isinstance(prepared, Kernel):
                 if out is None or _takes(out, x):
@@ -188,7 +213,7 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
         return rounded if out is None else out.copy_(rounded)
 
 
-def _is_plain(x: Any) -> bool:
+def is_plain(x: Any) -> bool:
     """Whether `x` is an ordinary tensor that takes no part in gradients, whose memory holds its values.
 
     It lies on a CPU or a CUDA device. The memory of a lazily negated tensor holds others, that of lazy zeros, of a
@@ -224,7 +249,7 @@ def _check_out(out: Any, x: Tensor) -> None:
 
 def _takes(out: Tensor, x: Tensor) -> bool:
     """Whether a kernel may write into `out`: plain memory, shared with `x` place for place or not at all."""
-    if not _is_plain(out):
+    if not is_plain(out):
         return False
     if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
         return True

@@ -67,26 +67,32 @@ class MixedType(ParametrizedAttribute, Format):
 
     def quantize(self, x: Tensor, how: Rounding, sensitivity: Tensor | None = None) -> Tensor:
         """Blocks whose impact exceeds `how.threshold` rounded into `high`, all others into `low`."""
-        import torch
-
         if how.threshold is None:
             raise UsageError(
                 f"{self} chooses a format block by block: a cast into it needs a threshold of block impact"
             )
-        low, high = self.candidates(x, how)
-        tiling = self.low_block.tiling(x.shape)
-        keep = tiling.spread(_impact(low, high, sensitivity, tiling) > how.threshold)
+        return self.chosen(*self.candidates(x, how), how.threshold, sensitivity)
+
+    def chosen(self, low: Tensor, high: Tensor, threshold: float, sensitivity: Tensor | None = None) -> Tensor:
+        """Of a tensor in both formats the blocks of `high` whose impact exceeds `threshold`, all others of `low`."""
+        import torch
+
+        tiling = self.low_block.tiling(low.shape)
+        keep = tiling.spread(_impact(low, high, sensitivity, tiling) > threshold)
         return tiling.merge(torch.where(keep, tiling.split(high), tiling.split(low)))
 
     def candidates(self, x: Tensor, how: Rounding) -> tuple[Tensor, Tensor]:
         """The whole tensor in the low and in the high format."""
+        (low, low_how), (high, high_how) = self.roundings(how)
+        return numbers_of(low).quantize(x, low_how), numbers_of(high).quantize(x, high_how)
+
+    def roundings(self, how: Rounding) -> tuple[tuple[TypeAttribute, Rounding], tuple[TypeAttribute, Rounding]]:
+        """The low and the high format, and how a rounding into this one rounds into each."""
         if how.scale_rule is not None:
             raise UsageError(f"{self} has two formats with scale rules of their own; leave scale_rule out")
         element = Rounding(rounding=how.rounding, seed=how.seed)
         scaled = Rounding(rounding=how.rounding, clip=how.clip, seed=how.seed)
-        parts = [(part, scaled if isinstance(part, BlockType) else element) for part in (self.low, self.high)]
-        low, high = (numbers_of(part).quantize(x, rounding) for part, rounding in parts)
-        return low, high
+        return (self.low, scaled), (self.high, scaled if isinstance(self.high, BlockType) else element)
 
     def encode(self, x: Tensor, how: Rounding, given: Given) -> Parts:
         raise self._not_stored

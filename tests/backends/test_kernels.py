@@ -197,6 +197,25 @@ def test_what_no_kernel_does_says_why(format: str, rounding: str, dtype: torch.d
     assert torch.equal(mxloom.fake_quantize(x, fmt, rounding=rounding), formats.quantize(x, fmt, how))
 
 
+@pytest.mark.parametrize("high", ["f8E4M3FN", "!mx.block<?x?xf8E4M3FN, f32>", "!mx.block<16xf4E2M1FN, f8E4M3FN, f32>"])
+@pytest.mark.parametrize("low", ["!mx.block<16xf4E2M1FN, f8E4M3FN, f32>", "!mx.block<16xi4, bf16, zero i4>"])
+def test_mixed_blocks_by_a_threshold(low: str, high: str) -> None:
+    register()
+    fmt = format_of(f"!mx.mixed<{low}, {high}>", rank=2)
+    for x, rounding, clip, threshold in product(DATA.values(), ROUNDINGS, (None, 0.7), (0.0, 0.02)):
+        how = Rounding(rounding=rounding, clip=clip, threshold=threshold)
+        for source in (x, x.t(), x.bfloat16()):
+            expected = formats.quantize(source, fmt, how)
+            found = torch.ops.mxloom.quantize(source, str(fmt), None, rounding, clip, 0, threshold)
+            assert torch.equal(bits(found), bits(expected))
+    assert why_not(fmt, Rounding(threshold=0.5), torch.float32, (64, 96)) is None
+    assert why_not(fmt, Rounding(), torch.float32) == "no threshold of block impact is given"
+    with pytest.raises(UsageError, match="needs a threshold"):
+        torch.ops.mxloom.quantize(DATA["normal"], str(fmt))
+    with pytest.raises(UsageError, match="a threshold belongs to"):
+        torch.ops.mxloom.quantize(DATA["normal"], low, None, "rne", None, 0, 0.5)
+
+
 def test_the_reference_and_the_switch_leave_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, how = format_of("mxfp4", rank=2), Rounding()
     with reference_only():

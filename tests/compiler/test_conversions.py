@@ -12,12 +12,12 @@ from mxloom.dialects.formats import Rounding
 @pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}; run on x86-64 or 64-bit Arm")
 def test_conversions_are_named_with_the_reason_where_no_kernel_does_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
-    rules = [{"match": "4", "activations": "ternary"}, {"weights": "nvfp4", "activations": "mxint8"}]
+    rules = [{"match": "4", "activations": "!mx.block<32xbf16>"}, {"weights": "nvfp4", "activations": "mxint8"}]
     compiled = mxloom.compile(model, {"quantize": rules}, example={"input": torch.ones(2, 32)})
-    block, ternary = compiled.conversions
+    block, wide = compiled.conversions
     assert (block.format, block.count, block.why_not) == ("!mx.block<32x!mx.fixed<8, 6>>", 2, None)
     assert block.how == Rounding("floor")
-    assert (ternary.count, ternary.why_not) == (1, "no kernel for the scale rule absmean")
+    assert (wide.count, wide.why_not) == (1, "the element needs f64")
     assert str(block) == "2 x !mx.block<32x!mx.fixed<8, 6>>, floor, rne: a kernel"
     monkeypatch.setenv("MXLOOM_KERNELS", "eager")
     assert {c.why_not for c in compiled.conversions} == {"MXLOOM_KERNELS is eager"}
