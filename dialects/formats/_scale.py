@@ -112,12 +112,17 @@ def store_scale(quotient: Tensor, scale: Attribute) -> Tensor:
     return rounded.to(scale_dtype(scale))
 
 
+def divided(values: Tensor, divisor: float) -> Tensor:
+    """values / divisor, rounded correctly on every device: on GPUs torch multiplies by inverses of plain numbers."""
+    return values / values.new_full((), divisor)
+
+
 def tensor_scale(largest: Tensor, element: Element, scale: Attribute) -> Tensor:
     """The f32 scale over the block scales of a tensor: largest / (element's largest * scale's largest); NVFP4's gs."""
     import torch
 
-    quotient = largest / (element.largest * minifloat_of_scale(scale).largest)
-    return store_scale(quotient.to(torch.float64), f32)
+    reach = element.largest * minifloat_of_scale(scale).largest
+    return store_scale(divided(largest, reach).to(torch.float64), f32)
 
 
 def minifloat_of_scale(scale: Attribute) -> Minifloat:

@@ -14,6 +14,7 @@ from ._format import Given, Parts, Rounding
 from ._plain import working_dtype
 from ._rounding import round_to_integers
 from ._scale import (
+    divided,
     finite,
     power_of_two_bytes,
     powers_of_two,
@@ -151,10 +152,10 @@ def _choose(blocks: Tensor, scaling: Scaling, how: Rounding, rule: str) -> Scale
         return Scales(power_of_two_bytes(largest, element, rule).view(torch.float8_e8m0fnu))
     largest = finite(largest)
     if not scaling.two_levels:
-        return Scales(store_scale(largest.to(torch.float64) / element.largest, scaling.scale))
+        return Scales(store_scale(divided(largest.to(torch.float64), element.largest), scaling.scale))
     overall = _clipped(_largest_number(magnitudes, largest), how)
     over = tensor_scale(overall, element, scaling.scale)
-    quotients = largest / element.largest / over.to(largest.dtype)
+    quotients = divided(largest, element.largest) / over.to(largest.dtype)
     return Scales(store_scale(quotients.to(torch.float64), scaling.scale), over)
 
 
@@ -191,7 +192,7 @@ def _affine(blocks: Tensor, scaling: Scaling, how: Rounding) -> Scales:
     axes, grid = scaling.tiling.axes, scaling.tiling.grid
     low = _clipped(finite(blocks.amin(axes).reshape(grid)).to(torch.float64).clamp(max=0), how)
     high = _clipped(finite(blocks.amax(axes).reshape(grid)).to(torch.float64).clamp(min=0), how)
-    stored = store_scale((high - low) / (element.top_code - element.bottom_code), scaling.scale)
+    stored = store_scale(divided(high - low, element.top_code - element.bottom_code), scaling.scale)
     zeros = (element.bottom_code - low / stored.to(torch.float64)).round_()
     zeros = zeros.clamp_(element.bottom_code, element.top_code).masked_fill_(high == low, 0.0)
     return Scales(stored, None, zeros.nan_to_num_(nan=0.0).to(element.code_dtype))
