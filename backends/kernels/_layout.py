@@ -126,7 +126,7 @@ def _refusal(element: Element) -> str | None:
         return "the element needs f64"
     if isinstance(element, Minifloat) and not element.saturating:
         return "the element overflows to infinity"
-    return "the element holds no magnitude of 1" if element.largest_exponent < 0 else None
+    return None
 
 
 def _is_contiguous(block: Sequence[int], trailing: Sequence[int]) -> bool:

@@ -14,6 +14,7 @@ from ._layout import LANES, Layout
 from ._team import team_size
 from ._whole_scales import mean_scales, range_scale
 from .block_function import (
+    LARGEST,
     BlockFunction,
     block_function,
     element_function,
@@ -139,7 +140,8 @@ def tensor_scale(source: Tensor, numbers: BlockFunction, threads: int) -> float:
     largest = _F32.unpack(_I32.pack(min(bits, INFINITY_BITS - 1)))[0]
     if numbers.clip is not None:
         largest = _f32(largest * _f32(numbers.clip))
-    return _f32(largest / (numbers.element.largest * minifloat_of_scale(numbers.scale).largest)) or 1.0
+    reach = numbers.element.largest * minifloat_of_scale(numbers.scale).largest
+    return _f32(min(largest / reach, LARGEST)) or 1.0
 
 
 _F32, _I32 = Struct("<f"), Struct("<i")

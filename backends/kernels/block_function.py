@@ -219,6 +219,11 @@ def _power_of_two(b: Builder, largest: SSAValue, numbers: BlockFunction) -> tupl
     OCP MX 1.0 sections 5.3 and 6.3; a rule that rounds the magnitude up carries into its exponent field.
     """
     element = numbers.element
+    emax = element.largest_exponent
+    if (
+        emax < 0
+    ):  # brought to an element whose largest value lies between 1 and 2; what passes f32 has the largest scale
+        largest, emax = b.bits(b.multiply(b.float(largest), b.number(2.0**-emax))), 0
     carried = largest
     match numbers.rule:
         case "ceil":
@@ -228,7 +233,7 @@ def _power_of_two(b: Builder, largest: SSAValue, numbers: BlockFunction) -> tupl
         case "rceil":
             top = int((element.largest * 2.0**-element.largest_exponent - 1) * 2**23)
             carried = b.add(_normal(b, largest, element), b.integer((1 << 23) - 1 - top))
-    exponent = b.subtract(b.both(carried, b.integer(EXPONENT)), b.integer(element.largest_exponent << 23))
+    exponent = b.subtract(b.both(carried, b.integer(EXPONENT)), b.integer(emax << 23))
     if numbers.rule == "rceil":  # infinity has the largest scale, whatever the element
         infinite = b.compare("oeq", b.float(largest), b.float(b.integer(INFINITY)))
         exponent = b.select(infinite, b.integer(254 << 23), exponent)
@@ -263,6 +268,8 @@ def _quotient(b: Builder, largest: SSAValue, over: SSAValue, numbers: BlockFunct
     quotient = b.divide(b.select(infinite, b.number(LARGEST), magnitude), b.number(numbers.element.largest))
     if numbers.tensor_scale:
         quotient = b.divide(quotient, over)
+    elif numbers.element.largest < 1:  # it may pass f32; without a tensor's scale the definition divides in f64
+        quotient = b.select(b.compare("ogt", quotient, b.number(LARGEST)), b.number(LARGEST), quotient)
     if numbers.scale == f32:
         rounded = quotient
     else:

@@ -22,6 +22,12 @@ WITHOUT_KERNEL = {"bf16", "f16", "f32"}
 FORMATS = [name for name in INSTANCES if name not in WITHOUT_KERNEL]
 OTHERS = ["f8E5M2", "!mx.float<5, 2>", "fixed<8,-3>", "!mx.block<4xf16>", "!mx.block<17xi5, f32>", "!mx.block<256xi8>"]
 OTHERS += ["!mx.block<4xf8E5M2, f8E5M2, f32>", "!mx.block<4x8xf4E2M1FN>", "!mx.block<40xi4, f16>"]
+OTHERS += ["fixed<8,12>", "!mx.block<32x!mx.fixed<8, 9>>", "!mx.block<16x!mx.fixed<4, 20>, f8E4M3FN, f32>"]
+OTHERS += [
+    "!mx.block<16x!mx.fixed<4, 6>, f32>",
+    "!mx.block<16x!mx.fixed<5, 64>, bf16>",
+    "!mx.block<8x!mx.fixed<4, 30>>",
+]
 OTHERS += ["!mx.block<8xi4, f16, zero i4>", "!mx.block<17xi8, f8E4M3FN, zero i8>", "!mx.block<4x8xi3, f8E5M2, zero i3>"]
 OTHERS += ["!mx.block<32x!mx.ternary, bf16>", "!mx.block<?x!mx.ternary, f32>", "!mx.block<100x!mx.ternary, f16>"]
 RULES = (None, "floor", "ceil", "even", "rceil", "absmax")
