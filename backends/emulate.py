@@ -12,12 +12,14 @@ from xdsl.ir import Attribute, Block, SSAValue
 from xdsl.utils.target import Target
 
 from ..dialects import formats
+from ..dialects.errors import MxloomError
 from ..dialects.instances import name_of
 from ..dialects.names import attribute, identifier, unique
-from ..dialects.operations._operation import Call, Operation
+from ..dialects.operations._operation import AsCodes, Call, Operation
 from ..dialects.operations._shapes import element_of, shape_of
 from ..dialects.operations._values import path_of, torch_dtype
 from ..dialects.operations.cast import CastOp
+from ..dialects.operations.contraction import LinearOp
 from ..dialects.operations.parameter import ParameterOp
 from ..dialects.torch_operators import operator, quantize_call
 from .kernels import fake_quantization
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.fx import Graph, GraphModule, Node
 
+    from ..dialects.contractions import Coded
+
 
 @dataclass(frozen=True)
 class Emulate(Target):
@@ -35,9 +39,7 @@ class Emulate(Target):
     name = "emulate"
 
     def emit(self, ctx: Context, module: ModuleOp, output: IO[str]) -> None:
-        constants: dict[SSAValue, Tensor] = {
-            v: _unknown(v) for op in body(module).ops for v in op.results if _is_constant(v)
-        }
+        constants: dict[Any, Any] = {v: _unknown(v) for op in body(module).ops for v in op.results if _is_constant(v)}
         output.write(_emulation(module, constants).code)
 
 
@@ -51,7 +53,7 @@ def build(module: ModuleOp, weights: Weights) -> GraphModule:
     return _emulation(module, constants(body(module), weights)[0])
 
 
-def _emulation(module: ModuleOp, constants: dict[SSAValue, Tensor]) -> GraphModule:
+def _emulation(module: ModuleOp, constants: dict[Any, Any]) -> GraphModule:
     from torch.fx import GraphModule
 
     emitter = _Emitter(body(module), constants)
@@ -63,7 +65,7 @@ def _emulation(module: ModuleOp, constants: dict[SSAValue, Tensor]) -> GraphModu
 class _Emitter:
     """Walks the block and writes one FX node for each operation, and one for each conversion it implies."""
 
-    def __init__(self, block: Block, constants: dict[SSAValue, Tensor]) -> None:
+    def __init__(self, block: Block, constants: dict[Any, Any]) -> None:
         from torch.fx import Graph
 
         self.block, self.constants = block, constants
@@ -71,6 +73,7 @@ class _Emitter:
         self.graph: Graph = Graph()
         self.nodes: dict[SSAValue, Node] = {}
         self.held: dict[tuple[SSAValue, Any], Node] = {}
+        self.codes: dict[SSAValue, Node] = {}
 
     def graph_of(self) -> Graph:
         from torch.fx.graph import _Namespace
@@ -84,14 +87,14 @@ class _Emitter:
         for op in self.block.ops:
             if isinstance(op, ReturnOp):
                 self.graph.output(tuple(self._node(value) for value in op.operands))
-            elif isinstance(op, Operation) and not _is_constant(op.results[0]):
+            elif isinstance(op, Operation) and not _is_constant(op.results[0]) and not _is_read_as_codes(op):
                 self._emit(op)
         self.graph.lint()
         return self.graph
 
     def _emit(self, op: Operation) -> None:
         call = op.call()
-        found = self._call(call)
+        found = self._exact_linear(op) if isinstance(op, LinearOp) and op.acc is not None else self._call(call)
         results = (
             [found] if len(op.results) == 1 and not _returns_several(call) else self._parts(found, len(op.results))
         )
@@ -103,6 +106,37 @@ class _Emitter:
         return self.graph.call_function(
             call.target, self._fill(call.args, call.dtype), self._fill(call.kwargs, call.dtype)
         )
+
+    def _exact_linear(self, op: LinearOp) -> Node:
+        """A linear layer with an accumulator: its input as codes, which layers may share, and packed weights."""
+        from .kernels.contraction.exact_linear import ExactLinear
+
+        assert op.acc is not None
+        weight: Coded | None = self.constants.get(AsCodes(op.weight, op.transposed is not None))
+        if weight is None and op.weight in self.constants:  # only the code of the graph is wanted
+            place = self.buffers.hold_module(path_of(op.result) or op.name, _nothing())
+            return self.graph.create_node("call_module", place, (self._codes(op.input),))
+        if weight is None or (op.bias is not None and op.bias not in self.constants):
+            raise MxloomError(
+                f'"{path_of(op.result)}": a linear layer with an accumulator needs weights and a bias that follow from '
+                "parameters by a cast alone; leave the accumulator out here"
+            )
+        bias = None if op.bias is None else self.constants[op.bias]
+        layer = ExactLinear(weight, bias, op.acc, element_of(op.input))
+        place = self.buffers.hold_module(path_of(op.result) or op.name, layer)
+        return self.graph.create_node("call_module", place, (self._codes(op.input),))
+
+    def _codes(self, value: SSAValue) -> Node:
+        """The node of a value's codes, made when it is first read."""
+        from .kernels.contraction.exact_linear import input_codes
+
+        if value not in self.codes:
+            owner = value.owner
+            cast = owner if isinstance(owner, CastOp) else None
+            source, how = (value, formats.Rounding()) if cast is None else (cast.input, cast.how())
+            args = (self._node(source), str(element_of(value)), how.scale_rule, how.rounding, how.clip, how.seed)
+            self.codes[value] = self.graph.call_function(input_codes, args)
+        return self.codes[value]
 
     def _parts(self, node: Node, count: int) -> list[Node]:
         import operator as python
@@ -157,6 +191,14 @@ class _Emitter:
         return self.held[value, dtype]
 
 
+def _is_read_as_codes(op: Operation) -> bool:
+    """Whether nobody reads the values of a cast, but its codes."""
+    readers = [use.operation for use in op.results[0].uses]
+    return (
+        isinstance(op, CastOp) and bool(readers) and all(isinstance(r, LinearOp) and r.acc is not None for r in readers)
+    )
+
+
 def _source(value: SSAValue) -> str:
     """The name in the checkpoint of the parameter that a constant comes from."""
     while isinstance(value.owner, CastOp):
@@ -207,6 +249,14 @@ class _Held:
         _register(module, name, tensor)
         return f"{place}.{name}" if place else name
 
+    def hold_module(self, source: str, module: nn.Module) -> str:
+        """Hold a module under the name of the one that it stands for; the dotted path where it lies."""
+        *parents, last = source.split(".")
+        place, parent = self._module(tuple(parents))
+        name = unique(attribute(last), lambda name: hasattr(parent, name))
+        parent.add_module(name, module)
+        return f"{place}.{name}" if place else name
+
     def _module(self, path: tuple[str, ...]) -> tuple[str, nn.Module]:
         """The module that stands for a path of the checkpoint, and where it lies."""
         from torch import nn
@@ -226,6 +276,12 @@ def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
     if hasattr(module, name):
         raise KeyError(f"the emulation holds something named {name!r} already")
     module.register_buffer(name, tensor)
+
+
+def _nothing() -> nn.Module:
+    from torch import nn
+
+    return nn.Module()
 
 
 def _unknown(value: SSAValue) -> Tensor:

@@ -10,9 +10,10 @@ from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import Attribute, Block, SSAValue
 
 from ..dialects import formats
+from ..dialects.contractions import Coded, coded, coded_tensor
 from ..dialects.errors import MxloomError
-from ..dialects.operations._operation import Call, Operation
-from ..dialects.operations._shapes import fits, shape_of, text
+from ..dialects.operations._operation import AsCodes, Call, Operation
+from ..dialects.operations._shapes import element_of, fits, shape_of, text
 from ..dialects.operations._values import torch_dtype
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
@@ -46,6 +47,7 @@ class Interpreter:
     def __init__(self, module: ModuleOp, weights: Weights) -> None:
         """Raises MxloomError where a parameter is missing, or has another shape than the module says."""
         self.block = body(module)
+        self._wanted = wanted_codes(self.block)
         with reference_only():
             self.constants, self._folded = constants(self.block, weights)
         self._outputs: list[SSAValue] = []
@@ -63,11 +65,13 @@ class Interpreter:
 
         if len(inputs) != len(self.block.args):
             raise MxloomError(f"the module takes {len(self.block.args)} inputs {self.inputs}, got {len(inputs)}")
-        values: dict[SSAValue, Any] = dict(self.constants)
+        values: dict[SSAValue | AsCodes, Any] = dict(self.constants)
         with torch.no_grad(), reference_only():
             for argument, given in zip(self.block.args, inputs, strict=True):
                 _check_input(argument, given)
                 values[argument] = given
+                for codes in self._wanted.get(argument, ()):
+                    values[codes] = codes_of(codes, values)
                 if observe is not None:
                     observe(argument, given)
             for op, call, dead in self._steps:
@@ -75,8 +79,12 @@ class Interpreter:
                     values[result] = value
                     if observe is not None:
                         observe(result, value)
+                    for codes in self._wanted.get(result, ()):
+                        values[codes] = codes_of(codes, values)
                 for value in dead:
                     del values[value]
+                    for codes in self._wanted.get(value, ()):
+                        del values[codes]
         return [values[output] for output in self._outputs]
 
     def _prepare(self) -> None:
@@ -103,7 +111,26 @@ def body(module: ModuleOp) -> Block:
     return functions[0].body.block
 
 
-def results(op: Operation, call: Call, values: Mapping[SSAValue, Any]) -> list[Any]:
+def wanted_codes(block: Block) -> dict[SSAValue, list[AsCodes]]:
+    """The values that operations read as codes, and in which layout."""
+    found: dict[SSAValue, list[AsCodes]] = {}
+    operations = [op for op in block.ops if isinstance(op, Operation) and not isinstance(op, ParameterOp)]
+    for op in operations:
+        for argument in op.call().args:
+            if isinstance(argument, AsCodes) and argument not in found.setdefault(argument.value, []):
+                found[argument.value].append(argument)
+    return found
+
+
+def codes_of(codes: AsCodes, values: Mapping[Any, Any]) -> Coded:
+    """A value as codes: those that its cast makes, or those of numbers that lie on the format's grid already."""
+    owner, fmt = codes.value.owner, element_of(codes.value)
+    if isinstance(owner, CastOp):
+        return coded(values[owner.input], fmt, owner.how(), transposed=codes.transposed)
+    return coded(values[codes.value], fmt, formats.Rounding(), transposed=codes.transposed)
+
+
+def results(op: Operation, call: Call, values: Mapping[Any, Any]) -> list[Any]:
     """The results of an operation for the values of its operands, each rounded once into its type.
 
     A cast has rounded already, in the way that it states.
@@ -115,9 +142,11 @@ def results(op: Operation, call: Call, values: Mapping[SSAValue, Any]) -> list[A
     return [_rounded(value, result.type) for value, result in zip(several, op.results, strict=True)]
 
 
-def fill(template: Any, values: Mapping[SSAValue, Any], dtype: Attribute | None = None) -> Any:
+def fill(template: Any, values: Mapping[Any, Any], dtype: Attribute | None = None) -> Any:
     """A call's arguments with values in place of SSA values, float tensors converted to `dtype` where it is given."""
     match template:
+        case AsCodes():
+            return values[template]
         case SSAValue():
             value = values[template]
             return value if dtype is None or not _is_float(value) else value.to(torch_dtype(dtype))
@@ -143,19 +172,27 @@ def _rounded(value: Any, type: Attribute) -> Any:
     return formats.quantize(value, element) if has_data else value
 
 
-def constants(block: Block, weights: Weights) -> tuple[dict[SSAValue, Any], set[Operation]]:
-    """Values of the parameters and of their casts, and these operations; what only casts read is not kept."""
+def constants(block: Block, weights: Weights) -> tuple[dict[Any, Any], set[Operation]]:
+    """Values of the parameters and of their casts, and these operations; what only casts read is not kept.
+
+    A value that operations read as codes is there as `AsCodes` too.
+    """
     import torch
 
-    known: dict[SSAValue, Any] = {}
+    known: dict[Any, Any] = {}
     folded: set[Operation] = set()
+    wanted = wanted_codes(block)
     with torch.no_grad():
         for op in block.ops:
             if isinstance(op, ParameterOp):
                 known[op.result] = _parameter(op, weights)
+                for codes in wanted.get(op.result, ()):
+                    known[codes] = _parameter_codes(op, weights, codes)
                 folded.add(op)
             elif isinstance(op, CastOp) and op.input in known:
                 known[op.result] = results(op, op.call(), known)[0]
+                for codes in wanted.get(op.result, ()):
+                    known[codes] = codes_of(codes, known)
                 folded.add(op)
                 if all(use.operation in folded for use in op.input.uses):
                     del known[op.input]
@@ -173,6 +210,11 @@ def _parameter(op: ParameterOp, weights: Weights) -> Tensor:
     if tuple(tensor.shape) != shape:
         raise MxloomError(f'parameter "{name}" has shape {text(tensor.shape)}, the module says {text(shape)}')
     return tensor
+
+
+def _parameter_codes(op: ParameterOp, weights: Weights, codes: AsCodes) -> Coded:
+    encoded = weights.encoded(op.source.data, element_of(op.result), shape_of(op.result))
+    return coded_tensor(encoded, transposed=codes.transposed)
 
 
 def _check_input(argument: SSAValue, given: Tensor) -> None:

@@ -18,6 +18,7 @@ from ..dialects.operations.opaque import AtenOp
 from ..dialects.operations.parameter import ParameterOp
 from ..passes._context import CompileContext
 from ..passes._sites import sites
+from ..passes.accumulate import Accumulate
 from ..passes.quantize import RuleError
 from .compiled import Compiled
 from .model_source import ModelSource, open_model
@@ -40,6 +41,7 @@ def compile(
     activations: str | None = None,
     example: Mapping[str, Any] | None = None,
     dynamic: bool | Mapping[str, Collection[int]] | None = None,
+    mode: str = "fast",
     report: Report | None = None,
 ) -> Compiled:
     """Compile a model (a Hugging Face folder, a GGUF file, an nn.Module with `example` inputs, or an opened source).
@@ -49,6 +51,8 @@ def compile(
     `dynamic` says which sizes of the example may change later: True, which is the default, the batch (dimension 0) of
     every input and the length (dimension 1) of every input of integers or booleans; a mapping, the dimensions of each
     input, {"x": [0, 1], "mask": [0, 1]}; False, none.
+    `mode` says how linear layers of quantized operands sum: `fast` as torch's f32 product does; `exact` inside a block
+    exactly and then in f32, block after block, as hardware does (the pass `accumulate`, which offers more).
     A recipe's `evaluate` is carried out: the result's `evaluation`.
     Raises MxloomError with what to do where the model cannot be read or captured or a rule has no effect.
     """
@@ -61,7 +65,7 @@ def compile(
         source.set_dynamic(dynamic)
     reference = _reference(source, chosen)
     module = import_source(source, tell).clone()
-    pipeline = chosen.pipeline() if chosen else ""
+    pipeline = _in_mode(mode, chosen.pipeline() if chosen else "")
     run_pipeline(module, source.weights, pipeline, chosen, tell)
     compiled = Compiled(
         module=module,
@@ -75,6 +79,22 @@ def compile(
         compiled.evaluation = _evaluated(compiled, chosen, reference)
         tell("evaluate", str(compiled.evaluation).replace("\n", "; "))
     return compiled
+
+
+MODES = ("fast", "exact")
+
+
+def _in_mode(mode: str, pipeline: str) -> str:
+    """The pipeline, with what the mode adds at its end."""
+    if mode not in MODES:
+        raise UsageError(f"mode is {' or '.join(MODES)}, got {mode!r}")
+    if mode == "fast":
+        return pipeline
+    if not pipeline:
+        raise UsageError("mode exact needs quantized operands: give formats, or a recipe")
+    if any(step.name == Accumulate.name for step in parse_passes(pipeline)):
+        raise UsageError("the recipe's passes state an accumulator already: leave mode exact out")
+    return f"{pipeline},{Accumulate.name}"
 
 
 def _reference(source: ModelSource, recipe: Recipe | None) -> Any:

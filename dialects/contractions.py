@@ -90,8 +90,10 @@ def why_no_codes(fmt: Attribute) -> str | None:
     return f"the element of {fmt} has more than 16 bits" if element.bits > 16 else None
 
 
-def coded(x: Tensor, fmt: Attribute, how: Rounding) -> Coded:
-    """The codes of a tensor that is rounded into a format. K is its last dimension."""
+def coded(x: Tensor, fmt: Attribute, how: Rounding, *, transposed: bool = False) -> Coded:
+    """The codes of a tensor that is rounded into a format. K is its last dimension, or `transposed` the one before."""
+    if transposed:
+        x, fmt = x.transpose(-1, -2).contiguous(), transposed_format(fmt)
     numbers = numbers_of(fmt)
     if not isinstance(numbers, Plain):
         return coded_parts(numbers.encode(x, how, Given()), fmt)
@@ -101,13 +103,29 @@ def coded(x: Tensor, fmt: Attribute, how: Rounding) -> Coded:
     return _plain(values, element)
 
 
-def coded_tensor(encoded: Encoded) -> Coded:
-    """The codes of a tensor that is encoded already."""
-    return coded_parts(encoded.parts, encoded.format)
+def coded_tensor(encoded: Encoded, *, transposed: bool = False) -> Coded:
+    """The codes of a tensor that is encoded already; `transposed` has K as the last but one dimension."""
+    if not transposed:
+        return coded_parts(encoded.parts, encoded.format)
+    codes, scales, over, zeros = (_swapped(part) for part in vars(encoded.parts).values())
+    assert codes is not None
+    return coded_parts(Parts(codes, scales, over, zeros), transposed_format(encoded.format))
+
+
+def _swapped(part: Tensor | None) -> Tensor | None:
+    return part if part is None or part.dim() < 2 else part.transpose(-1, -2).contiguous()
+
+
+def transposed_format(fmt: Attribute) -> Attribute:
+    """The format of a transposed tensor: blocks lie along the other of the last two dimensions."""
+    if not isinstance(fmt, BlockType):
+        return fmt
+    dims = (1, *fmt.dims) if len(fmt.dims) == 1 else fmt.dims
+    return fmt.with_dims((*dims[:-2], dims[-1], dims[-2]))
 
 
 def coded_parts(parts: Parts, fmt: Attribute) -> Coded:
-    """The codes behind a tensor's parts."""
+    """The codes behind a tensor's parts, K being the last dimension."""
     import torch
 
     numbers = numbers_of(fmt)

@@ -13,6 +13,7 @@ from xdsl.ir import Dialect, TypeAttribute
 from xdsl.ir import Operation as XdslOperation
 
 from . import formats, operations
+from .accumulator import AccumulatorAttr
 from .operations._operation import Operation
 from .parsing import ModuleParser
 
@@ -30,7 +31,7 @@ def _operations() -> list[type[XdslOperation]]:
 
 
 OPERATIONS = _operations()
-MX = Dialect("mx", OPERATIONS, [*formats.FAMILIES])
+MX = Dialect("mx", OPERATIONS, [*formats.FAMILIES, AccumulatorAttr])
 
 
 def context() -> Context:

@@ -26,6 +26,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="what to do, as YAML (see mxloom recipe)")
     parser.add_argument("--weights", metavar="FORMAT", help="format of every contraction's weight (see mxloom formats)")
     parser.add_argument("--activations", metavar="FORMAT", help="format of every contraction's other operands")
+    parser.add_argument(
+        "--mode",
+        choices=("fast", "exact"),
+        default="fast",
+        help="how linear layers sum: fast as torch's f32 product, exact inside blocks and then in f32 as hardware does",
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
     _json.add_option(parser)
 
@@ -38,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     replaced = check_target(args.out).exists()
     with Progress().working(f"compiling {args.model}") as report:
-        compiled = compile(args.model, recipe, report=report)
+        compiled = compile(args.model, recipe, mode=args.mode, report=report)
         report("cost", compiled.cost().summary().replace("\n", "; "))
     folder = compiled.save(args.out)
     _json.write(compiled.report() | {"folder": str(folder)}) if args.json else _print(compiled, folder, replaced)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xdsl.dialects.builtin import TensorType
-from xdsl.ir import Attribute
+from xdsl.ir import Attribute, SSAValue
 from xdsl.irdl import IRDLOperation, traits_def
 from xdsl.traits import Pure
 from xdsl.utils.exceptions import VerifyException
@@ -27,6 +27,17 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dtype: Attribute | None = None
+
+
+@dataclass(frozen=True)
+class AsCodes:
+    """Stands in a call for a value's codes and factors (`contractions.Coded`), K being its last dimension.
+
+    `transposed` says that K is the last but one dimension of the value.
+    """
+
+    value: SSAValue
+    transposed: bool = False
 
 
 class Operation(IRDLOperation):

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
-from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, TensorType, UnitAttr
+from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, TensorType, UnitAttr, f32
 from xdsl.ir import Attribute, SSAValue
 from xdsl.irdl import irdl_op_definition, operand_def, opt_operand_def, opt_prop_def, result_def
 
+from ..accumulator import AccumulatorAttr
+from ..formats import default_scale_rule, is_wide, takes_scale_rule
+from ._operation import AsCodes, Call
 from ._origin import is_weight
-from ._shapes import UNKNOWN, Shape, ShapeOf, broadcast, fits, product, same, shape_of, text
+from ._shapes import UNKNOWN, Shape, ShapeOf, broadcast, element_of, fits, product, same, shape_of, text
 from ._torch_operation import Argument, Aten, TorchOperation
+from .cast import CastOp
+from .parameter import ParameterOp
 
 Reduced = dict[str, tuple[int, ...]]
 
 
 class Contraction(TorchOperation):
-    """Sums of products: exact inside a block, then f32 in order along the reduced dimension."""
+    """Sums of products: as torch forms them in f32, or as the accumulator says where the operation states one."""
 
     def reduced(self) -> Reduced:
         """For each operand that is multiplied, the dimensions (counted from the end) along which its blocks run."""
@@ -29,6 +34,7 @@ class LinearOp(Contraction):
     """Input times transposed weight, plus bias: summed wide, rounded once into the result's type.
 
     input [..., K], weight [N, K] ([K, N] when `transposed`; a bias then wants an input [M, K]), bias [N] -> [..., N].
+    With an accumulator `acc` both operands are of formats, and `contractions.linear` says how they are summed.
     """
 
     name = "mx.linear"
@@ -51,9 +57,12 @@ class LinearOp(Contraction):
     weight = operand_def(TensorType)
     bias = opt_operand_def(TensorType)
     transposed = opt_prop_def(UnitAttr)
+    acc = opt_prop_def(AccumulatorAttr)
     result = result_def(TensorType)
 
     def check(self) -> None:
+        if self.acc is not None and (reason := why_no_accumulator(self)) is not None:
+            self.require(False, f"no accumulator: {reason}")
         given, weight = shape_of(self.input), shape_of(self.weight)
         self.require(len(weight) == 2, f"the weight must be a matrix, got {text(weight)}")
         self.require(len(given) >= 1, "the input needs a dimension to sum over, got a scalar")
@@ -95,11 +104,39 @@ class LinearOp(Contraction):
             return self.ATEN[0]
         return self.ATEN[1 if self.bias is not None else 2]
 
+    def call(self) -> Call:
+        if self.acc is None:
+            return super().call()
+        from ..contractions import linear
+
+        weight = AsCodes(self.weight, self.transposed is not None)
+        return Call(linear, (AsCodes(self.input), weight, self.bias, self.acc), {}, f32)
+
     def _outputs(self) -> int:
         return shape_of(self.weight)[1 if self.transposed is not None else 0]
 
     def _reduced_size(self) -> int:
         return shape_of(self.weight)[0 if self.transposed is not None else 1]
+
+
+def why_no_accumulator(operation: LinearOp) -> str | None:
+    """Why a linear layer cannot state an accumulator: its operands have no codes; None where they have."""
+    from ..contractions import why_no_codes
+
+    for name, value in (("input", operation.input), ("weight", operation.weight)):
+        element = element_of(value)
+        if is_wide(element):
+            return f"the {name} is {element}, not quantized"
+        if (reason := why_no_codes(element)) is not None:
+            return f"the {name}: {reason}"
+        if not isinstance(value.owner, CastOp | ParameterOp) and not _keeps_codes(element):
+            return f"the {name} is a value of {element} whose scales are not kept: let an mx.cast make it"
+    return None
+
+
+def _keeps_codes(fmt: Attribute) -> bool:
+    """Whether values alone give the sums of their products: they have no scale, or powers of two."""
+    return default_scale_rule(fmt) is None or takes_scale_rule(fmt)
 
 
 @irdl_op_definition

@@ -122,6 +122,43 @@ def _factors(factors: Tensor) -> tuple[Tensor, ScaleForm, float]:
     return factors, "f32", 1.0
 
 
+def unpack(packed: Packed, path: Datapath) -> tuple[Tensor, Tensor]:
+    """The codes [N, S, length] f64 and factors [N, S] f32 that were packed, the filling of segments included."""
+    import torch
+
+    panels, segments = packed.codes.shape[0], packed.segments
+    if path.codes == "f64":
+        codes = packed.codes.view(torch.float32).permute(0, 2, 1)
+    elif path.codes == "i16":
+        kind = torch.int8 if packed.form.bits == 8 else torch.int16
+        codes = packed.codes.view(kind).permute(0, 2, 1, 3).flatten(2)
+    else:
+        codes = _unpacked_bytes(packed, path)
+    codes = codes.to(torch.float64).reshape(panels * PANEL, segments, packed.length)
+    factors = packed.factors
+    match packed.scales:
+        case "exponent":
+            factors = (factors.to(torch.int32) << 23).view(torch.float32)
+        case "e4m3":
+            factors = factors.view(torch.float8_e4m3fn).to(torch.float32) * packed.scale_step
+    factors = factors.permute(0, 2, 1).reshape(panels * PANEL, segments)
+    return codes[: packed.columns].contiguous(), factors[: packed.columns].contiguous()
+
+
+def _unpacked_bytes(packed: Packed, path: Datapath) -> Tensor:
+    import torch
+
+    form = packed.form
+    words = packed.codes.permute(0, 2, 1, 3).to(torch.int16)
+    planes = [(words >> (form.bits * plane)) & ((1 << form.bits) - 1) for plane in range(8 // form.bits)]
+    numbers = torch.stack(planes, 3).flatten(2)
+    if form.table is not None:
+        numbers = torch.tensor(form.table, dtype=torch.int16, device=numbers.device)[numbers.to(torch.int64)]
+    if form.bits == 8 and not path.unsigned:
+        numbers = numbers.to(torch.int8)
+    return numbers - form.offset
+
+
 def bytes_of(packed: Packed) -> int:
     """Bytes that packed weights and their factors take."""
     held: list[Any] = [packed.codes, packed.factors]
