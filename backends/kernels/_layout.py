@@ -50,14 +50,6 @@ class Layout:
     split: tuple[int, ...] = ()
     seed: int = 0
 
-    @property
-    def native_only(self) -> str | None:
-        """Why the block function alone does not round so."""
-        if self.function.noisy:
-            return "stochastic rounding draws its noise from torch"
-        beyond = self.function.rule in ("minmax", "absmean")
-        return f"no kernel for the scale rule {self.function.rule}" if beyond else None
-
 
 @lru_cache(maxsize=4096)
 def layout_of(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> Layout | str:

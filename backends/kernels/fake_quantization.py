@@ -79,7 +79,7 @@ def prepare(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any, d
     if not prod(shape):
         return "there is nothing to round"
     if device == "cuda":
-        return layout.native_only or gpu.why_not() or gpu.prepare(layout, dtype)
+        return gpu.why_not() or gpu.prepare(layout, dtype)
     if device != "cpu":
         return f"no kernel for the device {device}"
     return native.why_not() or Prepared(layout, dtype)

@@ -13,6 +13,8 @@ from xdsl.dialects.builtin import (
     FloatAttr,
     IntegerAttr,
     VectorType,
+    f32,
+    f64,
     i32,
 )
 from xdsl.dialects.func import FuncOp, ReturnOp
@@ -46,7 +48,8 @@ class Language:
     """How a language spells what is no infix operator; `{0}` and on are the operands.
 
     `constant` has the fields value and type, `bitcast` the field type. `calls` are the operations that are one
-    expression each; `bounds` are the smaller and the larger of two f32, NaN where one of them is.
+    expression each, `wide` those that are another one where they yield f64; `bounds` are the smaller and the larger of
+    two f32, NaN where one of them is.
     """
 
     name: str
@@ -54,11 +57,12 @@ class Language:
     bitcast: str
     types: Mapping[Attribute, str]
     calls: Mapping[type[Operation], str]
+    wide: Mapping[type[Operation], str]
     bounds: Mapping[Literal["ogt", "olt"], str]
 
 
 def function_text(function: FuncOp, language: Language, arguments: Sequence[str]) -> list[str]:
-    """The lines of `def name(arguments)`: a function of arith, math and vector on f32, i32 and i1.
+    """The lines of `def name(arguments)`: a function of arith, math and vector on floats and integers.
 
     A vector becomes a tensor whose last dimension are its lanes, a scalar one whose last dimension is 1, or a number;
     so no line tells how many lanes there are. Raises MxloomError for an operation that the language does not have.
@@ -93,9 +97,10 @@ def _expression(op: Operation, operands: Sequence[str], language: Language) -> s
             return f"{operands[0]} {sign} {operands[1]}"
         if (bound := _bound(op)) is not None:
             return language.bounds[bound].format(operands[2], operands[1])
-        if type(op) in language.calls:
-            return language.calls[type(op)].format(*operands)
         kind = language.types[element_of(op.results[0].type)]
+        calls = {**language.calls, **language.wide} if element_of(op.results[0].type) == f64 else language.calls
+        if type(op) in calls:
+            return calls[type(op)].format(*operands)
         if isinstance(op, arith.ConstantOp):
             return _constant(_number(op.value), kind, language)
         if isinstance(op, arith.BitcastOp):
@@ -105,7 +110,7 @@ def _expression(op: Operation, operands: Sequence[str], language: Language) -> s
 
 
 def _constant(number: str, kind: str, language: Language) -> str:
-    if number == "-0.0":  # Triton makes every zero the positive one
+    if number == "-0.0" and kind == language.types[f32]:  # Triton makes every zero the positive one
         bits = language.constant.format(value=-(1 << 31), type=language.types[i32])
         return language.bitcast.format(bits, type=kind)
     return language.constant.format(value=number, type=kind)
@@ -124,7 +129,9 @@ def _bound(op: Operation) -> Literal["ogt", "olt"] | None:
 
     The same bits for every value, NaN included, where the bound is a number other than zero, whose sign could differ.
     """
-    if not isinstance(op, arith.SelectOp) or not isinstance(compared := op.cond.owner, arith.CmpfOp):
+    if not isinstance(op, arith.SelectOp) or element_of(op.results[0].type) != f32:
+        return None
+    if not isinstance(compared := op.cond.owner, arith.CmpfOp):
         return None
     bound, value = op.lhs, op.rhs
     if (compared.lhs, compared.rhs) != (value, bound) or not isinstance(constant := bound.owner, arith.ConstantOp):
@@ -149,11 +156,12 @@ def _number(value: Attribute) -> str:
     """A constant, or the one number in all lanes, as Python writes it; an f32 as the f32 that it is."""
     if isinstance(value, DenseIntOrFPElementsAttr):
         (number,) = set(value.get_values())
+        kind = value.get_element_type()
     else:
         assert isinstance(value, IntegerAttr | FloatAttr)
-        number = value.value.data
+        number, kind = value.value.data, value.type
     if isinstance(number, int):
         return str(number)
-    number = unpack("<f", pack("<f", number))[0]
+    number = unpack("<f", pack("<f", number))[0] if kind == f32 else number
     text = repr(number)
     return text if text[-1].isdigit() else f'float("{text}")'

@@ -8,7 +8,7 @@ from xdsl.ir import Block, Region
 
 from ....dialects.formats._scale import minifloat_of_scale
 from .._builder import Builder
-from ..block_function import INFINITY, BlockFunction
+from ..block_function import INFINITY, LARGEST, BlockFunction
 
 
 def magnitudes_without_nan(lanes: int) -> FuncOp:
@@ -35,5 +35,6 @@ def tensor_scale_function(numbers: BlockFunction) -> FuncOp:
     if numbers.clip is not None:
         largest = b.multiply(largest, b.number(numbers.clip))
     quotient = b.divide(largest, b.number(numbers.element.largest * minifloat_of_scale(numbers.scale).largest))
+    quotient = b.select(b.compare("ogt", quotient, b.number(LARGEST)), b.number(LARGEST), quotient)
     block.add_op(ReturnOp(b.select(b.compare("oeq", quotient, b.number(0.0)), b.number(1.0), quotient)))
     return FuncOp("tensor_scale", FunctionType.from_lists([i32], [f32]), Region(block))
