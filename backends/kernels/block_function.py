@@ -73,7 +73,7 @@ def block_function(numbers: BlockFunction) -> FuncOp:
     if numbers.scale is None:
         rounded = _element(b, values, numbers, noise)
     elif numbers.zero_points:
-        rounded = _shifted(b, values, over, _divisor(b, over), b.float(given), numbers, noise)
+        rounded = _shifted(b, values, over, divisor_of(b, over), b.float(given), numbers, noise)
     else:
         rounded = _rounded(b, values, *scales_of(b, given, over, numbers), numbers, noise)
     block.add_op(ReturnOp(rounded))
@@ -118,7 +118,7 @@ def scale_function(numbers: BlockFunction, blocks: int | None) -> FuncOp:
         assert numbers.scale is not None
         low, high = (b.float(b.ordered(key)) for key in block.args[:2])
         scale, zero = scale_and_zero_point(b, low, high, numbers.element, numbers.scale, numbers.clip)
-        results = [scale, _divisor(b, scale), zero]
+        results = [scale, divisor_of(b, scale), zero]
     else:
         results = [*scales_of(b, block.args[0], block.args[1], numbers)]
     block.add_op(ReturnOp(*results))
@@ -154,7 +154,7 @@ def levels_of(
 ) -> tuple[SSAValue, SSAValue, SSAValue]:
     """The block's own scale as it is stored, its product with that of the tensor, what values are brought to it by."""
     if numbers.rule == "absmean":
-        return over, over, _divisor(b, over)
+        return over, over, divisor_of(b, over)
     if numbers.clip is not None:
         largest = b.bits(b.multiply(b.float(largest), b.number(numbers.clip)))
     if numbers.scale == f8E8M0FNU:
@@ -162,10 +162,10 @@ def levels_of(
         return scale, scale, inverse
     stored = _quotient(b, largest, over, numbers)
     scale = b.multiply(stored, over) if numbers.tensor_scale else stored
-    return stored, scale, _divisor(b, scale)
+    return stored, scale, divisor_of(b, scale)
 
 
-def _divisor(b: Builder, scale: SSAValue) -> SSAValue:
+def divisor_of(b: Builder, scale: SSAValue) -> SSAValue:
     """What values are divided by: a scale that underflowed to 0 makes zeros of them."""
     return b.select(b.compare("oeq", scale, b.number(0.0)), b.float(b.integer(INFINITY)), scale)
 

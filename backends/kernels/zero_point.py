@@ -14,12 +14,12 @@ LARGEST = (2 - 2.0**-23) * 2.0**127
 
 
 def scale_and_zero_point(
-    b: Builder, low: SSAValue, high: SSAValue, element: Element, scale: Attribute, clip: float | None
+    b: Builder, low: SSAValue, high: SSAValue, element: Element, scale: Attribute, clip: float | SSAValue | None
 ) -> tuple[SSAValue, SSAValue]:
     """(f32 scale, f32 zero point) from the smallest and the largest value of a block, zero among them.
 
     scale = (high - low) / (2^b - 1) in the scale's type, zero point = rint(lowest code - low / scale), clamped; a block
-    of zeros has zero point 0, as has one with a NaN.
+    of zeros has zero point 0, as has one with a NaN. `clip` (a number, or an f64) scales both ends.
     """
     assert isinstance(element, Fixed)
     bounds = [b.wide(b.clamp(value, b.number(-LARGEST), b.number(LARGEST))) for value in (low, high)]
@@ -27,7 +27,8 @@ def scale_and_zero_point(
     low = b.select(b.compare("ogt", bounds[0], zero), zero, bounds[0])
     high = b.select(b.compare("olt", bounds[1], zero), zero, bounds[1])
     if clip is not None:
-        low, high = (b.multiply(value, b.number(clip, 64)) for value in (low, high))
+        factor = clip if isinstance(clip, SSAValue) else b.number(clip, 64)
+        low, high = (b.multiply(value, factor) for value in (low, high))
     quotient = b.divide(b.subtract(high, low), b.number(element.top_code - element.bottom_code, 64))
     stored = _stored(b, quotient, scale)
     bottom, top = b.number(element.bottom_code, 64), b.number(element.top_code, 64)
