@@ -33,8 +33,8 @@ def kernel_text(language: str, format: str) -> str:
 
 def _mlir(layout: Layout) -> str:
     if layout.kind == "means":
-        return f"{block_function(layout.function)}\n"
-    return "".join(f"{function}\n" for function, _ in parts(layout.function).values())
+        return str(block_function(layout.function)) + "\n"
+    return "".join(str(function) + "\n" for function, _ in parts(layout.function).values())
 
 
 def _llvm(layout: Layout) -> str:
