@@ -16,6 +16,7 @@ from ....dialects.formats._plain import Plain
 from ....dialects.mx import parse_type
 from ..codes import Codes, PreparedCodes, prepare_codes
 from ..fake_quantization import is_plain, switched_off
+from .datapath import CODE_BYTES
 from .native_linear import PackedLinear, codes_for, datapath
 from .packing import unpack
 
@@ -124,6 +125,9 @@ class ExactLinear(nn.Module):
         if not input.codes.is_cpu:
             return None
         count = factors.shape[-1]
+        if isinstance(input, Codes) and self._fits(input):
+            found = packed(input.codes.view(-1, width), input.scales, input.sums, _over(input, self._over))
+            return found.view(*leading, packed.columns)
         own = width // count if isinstance(input, Codes) else input.length or self.size
         codes, factors = input.codes.reshape(-1, width), factors.reshape(-1, count)
         if not codes.numel():
@@ -142,6 +146,18 @@ class ExactLinear(nn.Module):
         over = _over(input, self._over)
         found = packed(codes.contiguous(), factors.contiguous(), sums, over)
         return found.reshape(*leading, -1)
+
+    def _fits(self, input: Codes) -> bool:
+        """Whether the kernel reads these codes as they are."""
+        assert self._packed is not None
+        packed, path = self._packed.packed, self._packed.path
+        return (
+            input.codes.shape[-1] == packed.segments * packed.length
+            and input.scales.shape[-1] == packed.segments
+            and input.codes.element_size() == CODE_BYTES[path.codes]
+            and input.codes.is_contiguous()
+            and input.codes.numel() > 0
+        )
 
 
 def _cut(codes: Tensor, width: int) -> Tensor:

@@ -165,7 +165,11 @@ class _Linear:
         weights = [self._offset(pointer, weight_start) for pointer in self.weights]
         rows = [self._offset(pointer, code_start) for pointer in codes]
         if n.offset and self.path.unsigned:
-            first = [w.spread(w.load(w.at(pointer, index, i32), i32), self.path.lanes) for pointer in sums]
+            back = w.constant(-n.offset, i32)
+            first = [
+                w.spread(w.add(llvm.MulOp(w.load(w.at(pointer, index, i32), i32), back)), self.path.lanes)
+                for pointer in sums
+            ]
         else:
             first = [self._zeros(self.path.sums)] * n.rows
         initial = [first[r] for r, _ in self.tile]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from ....dialects.contractions import Bounds, Coded, fits_f64, segment_length
 from .. import native
-from .datapath import PANEL, Codes, Datapath, available
+from .datapath import CODE_BYTES, PANEL, Codes, Datapath, available
 from .linear_code import FIELDS, LinearNumbers, linear_code
 from .packing import Packed, code_form, pack
 
@@ -45,6 +45,7 @@ class PackedLinear:
         self.bias: Tensor | None = None
         if bias is not None:
             self.bias = torch.nn.functional.pad(bias.detach().float(), (0, self.panels * PANEL - self.columns))
+        self._plans: dict[tuple[int, bool, int], list[Part]] = {}
         form = self.packed.form
         self.numbers = LinearNumbers(
             path,
@@ -64,58 +65,86 @@ class PackedLinear:
     def __call__(self, codes: Tensor, factors: Tensor, sums: Tensor | None, over: float | None) -> Tensor:
         """codes [M, S x length] in the datapath's type, factors [M, S] f32, sums [M, S] i32 -> [M, N] f32.
 
-        `sums` are those of the codes in each segment, needed where weights carry an offset. `over` is the factor of
-        the input as a whole, None where neither operand has one.
+        All contiguous. `sums` are those of the codes in each segment, read where weights carry an offset. `over` is
+        the factor of the input as a whole, None where neither operand has one.
         """
         import torch
 
-        n = self.numbers
-        if n.offset:
-            assert sums is not None
-            sums = sums * -n.offset
         rows, width = codes.shape[0], self.panels * PANEL
         output = torch.empty((rows, width), dtype=torch.float32, device="cpu")
-        scale = None if over is None else torch.tensor([over], dtype=torch.float32) * self.over
-        held = {
-            "weights": self.packed.codes,
-            "weight_scales": self.packed.factors,
-            "codes": codes,
-            "code_scales": factors,
-            "code_sums": sums,
-            "output": output,
-            "bias": self.bias,
-            "over": scale,
-        }
-        given = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in held.items()}
-        given["segments"] = self.packed.segments
-        given["steps"] = self.packed.length // n.depth
-        given["leading"] = width
-        self._run(replace(n, over=scale is not None), given, rows, codes)
+        product, scale = None, 0
+        if over is not None:
+            product = ctypes.c_float(ctypes.c_float(over).value * self.over)  # exact in f64, then rounded to f32
+            scale = ctypes.addressof(product)
+        sums_at = 0 if sums is None else sums.data_ptr()
+        codes_at, factors_at, output_at = codes.data_ptr(), factors.data_ptr(), output.data_ptr()
+        key = rows, over is not None, torch.get_num_threads()
+        for part in self._plans.get(key) or self._planned(*key):
+            part(codes_at, factors_at, sums_at, output_at, scale)
         return output if width == self.columns else output[:, : self.columns].contiguous()
 
-    def _run(self, numbers: LinearNumbers, given: dict[str, int], rows: int, codes: Tensor) -> None:
-        tall, wide = _tile(numbers, rows, given["segments"])
-        threads = _threads(rows * self.size * self.columns)
-        strides = {
-            "weights": self.packed.codes.stride(0),
-            "weight_scales": self.packed.factors.stride(0) * self.packed.factors.element_size(),
-            "output": PANEL * 4,
-            "bias": PANEL * 4,
-        }
-        steps = {
-            "codes": codes.stride(0) * codes.element_size(),
-            "code_scales": given["segments"] * 4,
-            "code_sums": given["segments"] * 4,
-            "output": given["leading"] * 4,
-        }
+    def _planned(self, rows: int, over: bool, threads: int) -> list[Part]:
+        """The kernel calls for so many rows, kept for the next time."""
+        numbers, packed = replace(self.numbers, over=over), self.packed
+        tall, wide = _tile(numbers, rows, packed.segments)
+        depth, width = self.numbers.depth, self.panels * PANEL
+        row_codes = packed.segments * packed.length * CODE_BYTES[self.path.codes]
+        share = threads if rows * self.size * self.columns >= SERIAL_BELOW else 1
+        parts: list[Part] = []
         for row, count in _cut(rows, tall):
             for panel, panels in _cut(self.panels, wide):
-                part = {
-                    name: address + panel * strides.get(name, 0) + row * steps.get(name, 0)
-                    for name, address in given.items()
-                }
                 own = replace(numbers, rows=min(count, tall), panels=min(panels, wide))
-                _kernel(own)(dict(part, rows=count), panels // own.panels, threads)
+                bias = 0 if self.bias is None else self.bias.data_ptr() + panel * PANEL * 4
+                parts.append(
+                    Part(
+                        _kernel(own),
+                        panels // own.panels,
+                        share,
+                        packed.codes.data_ptr() + panel * packed.codes.stride(0),
+                        packed.factors.data_ptr() + panel * packed.factors.stride(0) * packed.factors.element_size(),
+                        bias,
+                        (packed.segments, packed.length // depth, count, width),
+                        (row * row_codes, row * packed.segments * 4, (row * width + panel * PANEL) * 4),
+                    )
+                )
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[rows, over, threads] = parts
+        return parts
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel call: a share of rows and panels. Addresses of weights, counts, and where the rest begins in bytes."""
+
+    kernel: Kernel
+    tiles: int
+    threads: int
+    weights: int
+    weight_scales: int
+    bias: int
+    counts: tuple[int, int, int, int]
+    starts: tuple[int, int, int]
+
+    def __call__(self, codes: int, factors: int, sums: int, output: int, over: int) -> None:
+        """Run on these addresses."""
+        codes_start, row_start, output_start = self.starts
+        given = _Arguments(
+            self.weights,
+            self.weight_scales,
+            codes + codes_start,
+            factors + row_start,
+            sums + row_start,
+            output + output_start,
+            self.bias,
+            over,
+            *self.counts,
+        )
+        self.kernel(ctypes.addressof(given), self.tiles, self.threads)
+
+
+_Arguments = ctypes.c_int64 * len(FIELDS)
+_MOST_PLANS = 256
 
 
 class Kernel:
@@ -127,10 +156,8 @@ class Kernel:
         self._function = _PROTOTYPE(self._engine.get_function_address("kernel"))
         self._task = self._engine.get_function_address("task") if _task() else 0
 
-    def __call__(self, given: dict[str, int], tiles: int, threads: int) -> None:
-        """Run on all tiles; `given` are the arguments by name."""
-        arguments = (ctypes.c_int64 * len(FIELDS))(*[given[name] for name in FIELDS])
-        address = ctypes.addressof(arguments)
+    def __call__(self, address: int, tiles: int, threads: int) -> None:
+        """Run on all tiles; the arguments lie at `address`."""
         threads = min(threads, tiles)
         if threads <= 1 or not self._task:
             self._function(address, 0, tiles)
@@ -186,12 +213,6 @@ def _tile(numbers: LinearNumbers, rows: int, segments: int) -> tuple[int, int]:
         return 1, 8 if segments == 1 else 1
     tall, wide = numbers.datapath.tile
     return (tall + 1, wide) if segments == 1 and numbers.datapath.lanes == PANEL else (tall, wide)
-
-
-def _threads(products: int) -> int:
-    import torch
-
-    return 1 if products < SERIAL_BELOW else torch.get_num_threads()
 
 
 @cache
