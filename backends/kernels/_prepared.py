@@ -17,12 +17,14 @@ from .block_function import (
     LARGEST,
     BlockFunction,
     block_function,
+    bounds_function,
     element_function,
+    largest_safe_scale,
     magnitudes,
     measure_function,
     scale_function,
 )
-from .lowering import GROUP, given_rows_kernel, groups_kernel, largest_kernel, pieces_kernel, rows_kernel
+from .lowering import GROUP, Bound, given_rows_kernel, groups_kernel, largest_kernel, pieces_kernel, rows_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,15 +135,20 @@ def tensor_scale(source: Tensor, numbers: BlockFunction, threads: int) -> float:
     What `dialects/formats` computes on tensors of one number, in Python's floats, which take less time:
     product and quotient of two f32 are exact in f64 or far from where rounding twice would matter.
     """
-    assert numbers.scale is not None
     bits = largest_bits(source, threads)
     if bits > INFINITY_BITS:
         bits = largest_bits(source.nan_to_num(nan=0.0, posinf=inf, neginf=-inf), threads)
     largest = _F32.unpack(_I32.pack(min(bits, INFINITY_BITS - 1)))[0]
     if numbers.clip is not None:
         largest = _f32(largest * _f32(numbers.clip))
-    reach = numbers.element.largest * minifloat_of_scale(numbers.scale).largest
-    return _f32(min(largest / reach, LARGEST)) or 1.0
+    return _f32(min(largest / _reach(numbers), LARGEST)) or 1.0
+
+
+@lru_cache(maxsize=1024)
+def _reach(numbers: BlockFunction) -> float:
+    """The largest magnitude under a tensor scale of 1."""
+    assert numbers.scale is not None
+    return numbers.element.largest * minifloat_of_scale(numbers.scale).largest
 
 
 _F32, _I32 = Struct("<f"), Struct("<i")
@@ -200,10 +207,11 @@ def _given_rows_kernel(numbers: BlockFunction) -> native.Kernel:
     return native.Kernel(f"given rows {numbers}", lambda: given_rows_kernel(block_function(numbers)))
 
 
-def _parts(numbers: BlockFunction, blocks: int | None) -> tuple[FuncOp, tuple[str, ...], FuncOp, FuncOp]:
+def _parts(numbers: BlockFunction, blocks: int | None) -> tuple[FuncOp, tuple[str, ...], FuncOp, FuncOp, Bound]:
     """The functions that a kernel for blocks is made of, and how results of the first are brought together."""
     measure, scale = measure_function(numbers), scale_function(numbers, blocks)
-    return measure, numbers.reductions, scale, element_function(numbers)
+    bound = Bound(bounds_function(numbers.lanes), largest_safe_scale(numbers))
+    return measure, numbers.reductions, scale, element_function(numbers, bounded=False), bound
 
 
 @lru_cache(maxsize=1)

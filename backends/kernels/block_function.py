@@ -73,9 +73,10 @@ def block_function(numbers: BlockFunction) -> FuncOp:
     if numbers.scale is None:
         rounded = _element(b, values, numbers, noise)
     elif numbers.zero_points:
-        rounded = _shifted(b, values, over, divisor_of(b, over), b.float(given), numbers, noise)
+        rounded = _finite(b, _shifted(b, values, over, divisor_of(b, over), b.float(given), numbers, noise))
     else:
-        rounded = _rounded(b, values, *scales_of(b, given, over, numbers), numbers, noise)
+        scale, divisor = scales_of(b, given, over, numbers)
+        rounded = _finite(b, b.multiply(scaled_element(b, values, divisor, numbers, noise), scale))
     block.add_op(ReturnOp(rounded))
     return FuncOp("q", FunctionType.from_lists(kinds, [kind]), Region(block))
 
@@ -125,10 +126,29 @@ def scale_function(numbers: BlockFunction, blocks: int | None) -> FuncOp:
     return FuncOp("scale", FunctionType.from_lists([*measured, f32], [real] * len(results)), Region(block))
 
 
-def element_function(numbers: BlockFunction) -> FuncOp:
+def bounds_function(lanes: int) -> FuncOp:
+    """`func @bounded(vector of lanes x f32) -> the same`: at most the largest finite f32; NaN stays NaN."""
+    kind = VectorType(f32, [lanes])
+    block = Block(arg_types=[kind])
+    block.add_op(ReturnOp(_finite(Builder(block, lanes), block.args[0])))
+    return FuncOp("bounded", FunctionType.from_lists([kind], [kind]), Region(block))
+
+
+def largest_safe_scale(numbers: BlockFunction) -> float:
+    """A scale up to which no rounded value passes f32."""
+    element = numbers.element
+    reach = element.largest
+    if isinstance(element, Fixed):
+        codes = element.top_code - element.bottom_code if numbers.zero_points else -element.bottom_code
+        reach = codes * 2.0**-element.fraction
+    return min(LARGEST / (4 * reach), LARGEST)
+
+
+def element_function(numbers: BlockFunction, *, bounded: bool = True) -> FuncOp:
     """`func @elements(vector of lanes x f32, ...) -> vector of lanes x f32`: values to rounded values.
 
-    Beside the values it takes what `@scale` gives, in every lane, and noise where rounding is stochastic.
+    Beside the values it takes what `@scale` gives, in every lane, and noise where rounding is stochastic. Where results
+    are not `bounded`, those of scales above `largest_safe_scale` are still to be brought within f32 by `@bounded`.
     """
     kind = VectorType(f32, [numbers.lanes])
     kinds = [kind] * (3 + numbers.zero_points + numbers.noisy)
@@ -136,10 +156,10 @@ def element_function(numbers: BlockFunction) -> FuncOp:
     values, scale, divisor, *others = block.args
     b = Builder(block, numbers.lanes)
     if numbers.zero_points:
-        rounded = _shifted(b, values, scale, divisor, others[0], numbers, others[1:])
+        products = _shifted(b, values, scale, divisor, others[0], numbers, others[1:])
     else:
-        rounded = _rounded(b, values, scale, divisor, numbers, others)
-    block.add_op(ReturnOp(rounded))
+        products = b.multiply(scaled_element(b, values, divisor, numbers, others), scale)
+    block.add_op(ReturnOp(_finite(b, products) if bounded else products))
     return FuncOp("elements", FunctionType.from_lists(kinds, [kind]), Region(block))
 
 
@@ -170,17 +190,6 @@ def divisor_of(b: Builder, scale: SSAValue) -> SSAValue:
     return b.select(b.compare("oeq", scale, b.number(0.0)), b.float(b.integer(INFINITY)), scale)
 
 
-def _rounded(
-    b: Builder,
-    values: SSAValue,
-    scale: SSAValue,
-    divisor: SSAValue,
-    numbers: BlockFunction,
-    noise: Sequence[SSAValue],
-) -> SSAValue:
-    return _finite(b, b.multiply(scaled_element(b, values, divisor, numbers, noise), scale))
-
-
 def scaled_element(
     b: Builder, values: SSAValue, divisor: SSAValue, numbers: BlockFunction, noise: Sequence[SSAValue] = ()
 ) -> SSAValue:
@@ -205,7 +214,7 @@ def _shifted(
     assert isinstance(element, Fixed)
     low, high = (b.subtract(b.number(code), zero) for code in (element.bottom_code, element.top_code))
     codes = _whole(b, b.clamp(b.divide(values, divisor), low, high), numbers.rounding, noise)
-    return _finite(b, b.multiply(b.add(codes, b.number(0.0)), scale))
+    return b.multiply(b.add(codes, b.number(0.0)), scale)
 
 
 def _finite(b: Builder, value: SSAValue) -> SSAValue:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from struct import pack
 
 from xdsl.dialects import arith, llvm, math, vector
 from xdsl.dialects.builtin import (
@@ -184,8 +186,35 @@ GROUP = 8
 """Blocks whose scales are computed at once."""
 
 
-def groups_kernel(measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp) -> ModuleOp:
-    """The same arguments, for blocks: the scales of eight at a time, then their elements."""
+@dataclass(frozen=True)
+class Bound:
+    """`@bounded`, and the largest scale under which results need it not."""
+
+    function: FuncOp
+    scale: float
+
+    def apply(self, writer: Writer, target: SSAValue, first: SSAValue, end: SSAValue, largest: SSAValue) -> None:
+        """Bring the results [first, end) within f32 where the largest scale (its bits) asks for it: hardly ever."""
+        values = vector_of(self.function)
+        limit = writer.constant(int.from_bytes(pack("<f", self.scale), "little"), i32)
+        beyond = writer.add(llvm.ICmpOp(largest, limit, IntegerAttr(8, 64)))  # ugt: NaN of either sign lies above
+
+        def bounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            place = writer.at(target, at)
+            (result,) = writer.inline(self.function, [writer.load(place, values)])
+            writer.store(result, place)
+            return []
+
+        writer.loop(first, writer.add(llvm.SelectOp(beyond, end, first)), values.get_shape()[0], [], bounded)
+
+
+def groups_kernel(
+    measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp, bound: Bound | None = None
+) -> ModuleOp:
+    """The same arguments, for blocks: the scales of eight at a time, then their elements.
+
+    It yields the bits of the largest scale.
+    """
     values = vector_of(elements)
     lanes = values.get_shape()[0]
     writer, (source, target, first, end, _, over, _) = start()
@@ -194,7 +223,8 @@ def groups_kernel(measure: FuncOp, reductions: Sequence[str], scale: FuncOp, ele
     tops = [writer.array(i32, GROUP) for _ in reductions]
     factors = [writer.array(f32, GROUP) for _ in scale.function_type.outputs]
 
-    def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+    def measure_group(index: SSAValue) -> SSAValue:
+        """Measure the blocks from `index` on, where there are any; how many."""
         begin = writer.add(llvm.MulOp(index, writer.constant(lanes)))
         left = writer.add(llvm.SubOp(end, index))
         count = writer.intrinsic("llvm.smin", [left, writer.constant(GROUP)], i64)
@@ -207,30 +237,47 @@ def groups_kernel(measure: FuncOp, reductions: Sequence[str], scale: FuncOp, ele
                 writer.store(reduced, writer.at(top, place, i32))
             return []
 
+        writer.loop(writer.constant(0), count, 1, [], measured)
+        return count
+
+    def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        count, seen = carried
+        begin = writer.add(llvm.MulOp(index, writer.constant(lanes)))
+        found = [writer.load(top, VectorType(i32, [GROUP])) for top in tops]
+        computed = writer.inline(scale, [*found, over])
+        for one, place in zip(computed, factors, strict=True):
+            writer.store(one, place)
+        # The next group is measured before this one is rounded: a vector read right behind the writes of its lanes
+        # would wait until they have reached the cache.
+        following = measure_group(writer.add(llvm.AddOp(index, writer.constant(GROUP))))
+
         def rounded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
             own = [writer.spread(writer.load(writer.at(factor, place), f32), lanes) for factor in factors]
             _apply(writer, elements, source, target, offset, own)
             return []
 
-        writer.loop(writer.constant(0), count, 1, [], measured)
-        found = [writer.load(top, VectorType(i32, [GROUP])) for top in tops]
-        for computed, place in zip(writer.inline(scale, [*found, over]), factors, strict=True):
-            writer.store(computed, place)
         writer.loop(writer.constant(0), count, 1, [], rounded)
-        return [writer.intrinsic("llvm.umax", [carried[0], found[0]], found[0].type)]
+        own = writer.add(llvm.BitcastOp(computed[0], seen.type))
+        return [following, writer.intrinsic("llvm.umax", [seen, own], seen.type)]
 
     none = writer.add(llvm.ConstantOp(zeros(GROUP), VectorType(i32, [GROUP])))
     for top in tops:  # a last group may be short: what it leaves as it was has been counted already
         writer.store(none, top)
-    (seen,) = writer.loop(first, end, GROUP, [none], group)
-    return finish(writer, writer.intrinsic("llvm.vector.reduce.umax", [seen], i32))
+    _, seen = writer.loop(first, end, GROUP, [measure_group(first), none], group)
+    largest = writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)
+    if bound is not None:
+        behind = (writer.add(llvm.MulOp(index, writer.constant(lanes))) for index in (first, end))
+        bound.apply(writer, target, *behind, largest)
+    return finish(writer, largest)
 
 
-def rows_kernel(measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp) -> ModuleOp:
+def rows_kernel(
+    measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp, bound: Bound | None = None
+) -> ModuleOp:
     """The same arguments: each row of `length` values is one block, read to be measured, then rounded.
 
-    `length` is a multiple of the lanes of all functions.
+    `length` is a multiple of the lanes of all functions. It yields the bits of the largest scale.
     """
     lanes = vector_of(elements).get_shape()[0]
     writer, (source, target, first, end, _, over, length) = start()
@@ -239,16 +286,20 @@ def rows_kernel(measure: FuncOp, reductions: Sequence[str], scale: FuncOp, eleme
         begin = writer.add(llvm.MulOp(index, length))
         behind = writer.add(llvm.AddOp(begin, length))
         measured = measured_row(writer, measure, reductions, source, begin, behind)
-        factors = [writer.spread(one, lanes) for one in writer.inline(scale, [*measured, over])]
+        computed = writer.inline(scale, [*measured, over])
+        factors = [writer.spread(one, lanes) for one in computed]
 
         def rounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             _apply(writer, elements, source, target, at, factors)
             return []
 
         writer.loop(begin, behind, lanes, [], rounded)
-        return [writer.intrinsic("llvm.umax", [carried[0], measured[0]], i32)]
+        return [writer.intrinsic("llvm.umax", [carried[0], writer.add(llvm.BitcastOp(computed[0], i32))], i32)]
 
     (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], row)
+    if bound is not None:
+        behind = (writer.add(llvm.MulOp(index, length)) for index in (first, end))
+        bound.apply(writer, target, *behind, largest)
     return finish(writer, largest)
 
 
