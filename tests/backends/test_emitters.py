@@ -27,6 +27,7 @@ from mxloom.backends.kernels.emitters.gpu import PreparedOnGPU, kernels
 from mxloom.backends.kernels.emitters.text import kernel_text
 from mxloom.backends.kernels.emitters.torch_source import torch_source
 from mxloom.backends.kernels.emitters.triton_source import triton_source
+from mxloom.backends.kernels.fake_quantization import why_not
 from mxloom.compiler.command_line import main
 from mxloom.dialects import formats
 from mxloom.dialects.errors import MxloomError, UsageError
@@ -104,6 +105,7 @@ def test_emitters_round_f16(emitter: str, format: str, kinds_of_data: dict[str, 
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
+@pytest.mark.slow
 @needs_triton
 def test_triton_source_in_the_interpreter() -> None:
     """The tests above for Triton, in a process of its own: its interpreter is chosen before Triton is imported."""
@@ -140,7 +142,7 @@ def test_triton_source_compiles_for_a_gpu_to_instructions_that_round_alike(forma
     shape = (64, 10000) if "5000" in format else SHAPE
     layout = layout_of(format_of(format, rank=2), Rounding(rounding=rounding), shape)
     assert isinstance(layout, Layout)
-    module = kernels(triton_source(layout), f"{layout.kind} {layout.function}")
+    module = kernels(triton_source(layout))
     for name in ("measuring", "rounding"):
         if hasattr(module.get(name), "arg_names"):
             ptx = _ptx(module[name], layout)
@@ -166,6 +168,16 @@ def _ptx(kernel: Any, layout: Layout) -> str:
     return triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False, "num_warps": 4}
     ).asm["ptx"]
+
+
+def test_why_not_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, how = format_of("mxfp4", rank=2), Rounding()
+    without = "triton is not installed"
+    assert why_not(fmt, how, torch.float32, SHAPE, "cuda") == (without if find_spec("triton") is None else None)
+    assert why_not(fmt, how, torch.float64, SHAPE, "cuda") == "no kernel for torch.float64"
+    assert why_not(fmt, how, torch.float32, SHAPE, "meta") == "no kernel for the device meta"
+    monkeypatch.setenv("MXLOOM_KERNELS", "eager")
+    assert why_not(fmt, how, torch.float32, SHAPE, "cuda") == "MXLOOM_KERNELS is eager"
 
 
 def test_a_layout_that_takes_more_than_block_functions_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import linecache
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ TILE = 4096
 @cache
 def why_not() -> str | None:
     """Why no kernels can be made for GPUs here; None where they can."""
-    return None if find_spec("triton") is not None else "triton is not installed (pip install 'mxloom[gpu]')"
+    return None if find_spec("triton") is not None else "triton is not installed"
 
 
 def prepare(layout: Layout, dtype: Any) -> PreparedOnGPU | str:
@@ -42,7 +43,7 @@ class PreparedOnGPU:
         import torch
 
         self.layout = layout
-        self._module = kernels(triton_source(layout), f"{layout.kind} {layout.function}")
+        self._module = kernels(triton_source(layout))
         quotients = layout.function.scale not in (None, f8E8M0FNU)
         self._warps = 8 if quotients else 4  # division takes registers
         self._top = 0.0 if dtype == torch.float32 else torch.finfo(dtype).max
@@ -87,9 +88,9 @@ class PreparedOnGPU:
 
 
 @lru_cache(maxsize=1024)
-def kernels(source: str, identity: str) -> dict[str, Any]:
+def kernels(source: str) -> dict[str, Any]:
     """The kernels of a module of Triton source, by name."""
-    name = f"<mxloom {identity}>"
+    name = f"<mxloom kernel {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # where Triton reads it
     space: dict[str, Any] = {"__name__": "mxloom.backends.kernels.emitters.written"}
     exec(compile(source, name, "exec"), space)
