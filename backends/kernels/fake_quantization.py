@@ -186,7 +186,7 @@ def fake_quantize(
             x, str(laid_out(format, x, dim)), scale_rule, rounding, clip, seed
         )
         return rounded if out is None else out.copy_(rounded)
-    if isinstance(format, str) and is_plain(x) and switched_off() is None:
+    if isinstance(format, str) and is_plain(x, gpu=True) and switched_off() is None:
         prepared = None
         with suppress(TypeError):  # an argument of a wrong kind, for the checks below to name
             prepared = _prepare_named(format, scale_rule, rounding, dim, clip, seed, x.shape, x.dtype, x.device.type)
@@ -203,7 +203,7 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
     import torch
 
     with torch.no_grad():
-        if is_plain(x.detach()) and switched_off() is None:
+        if is_plain(x.detach(), gpu=True) and switched_off() is None:
             prepared = prepare(fmt, how, tuple(x.shape), x.dtype, x.device.type)
             if isinstance(prepared, Kernel):
                 if out is None or _takes(out, x):
@@ -213,18 +213,18 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
         return rounded if out is None else out.copy_(rounded)
 
 
-def is_plain(x: Any) -> bool:
+def is_plain(x: Any, *, gpu: bool = False) -> bool:
     """Whether `x` is an ordinary tensor that takes no part in gradients, whose memory holds its values.
 
-    It lies on a CPU or a CUDA device. The memory of a lazily negated tensor holds others, that of lazy zeros, of a
-    tensor inside `torch.vmap` or under a mode that makes up tensors (export, fake tensors) none.
+    It lies on a CPU, or with `gpu` on a CUDA device. The memory of a lazily negated tensor holds others, that of lazy
+    zeros, of a tensor inside `torch.vmap` or under a mode that makes up tensors (export, fake tensors) none.
     """
     import torch
     from torch._C._functorch import is_functorch_wrapped_tensor
 
     return (
         type(x) is torch.Tensor
-        and (x.is_cpu or x.is_cuda)
+        and (x.is_cpu or (gpu and x.is_cuda))
         and not x.requires_grad
         and x.layout == torch.strided
         and not (x.is_nested or x.is_neg() or x._is_zerotensor())
@@ -249,7 +249,7 @@ def _check_out(out: Any, x: Tensor) -> None:
 
 def _takes(out: Tensor, x: Tensor) -> bool:
     """Whether a kernel may write into `out`: plain memory, shared with `x` place for place or not at all."""
-    if not is_plain(out):
+    if not is_plain(out, gpu=True):
         return False
     if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
         return True
