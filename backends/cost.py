@@ -9,6 +9,7 @@ from typing import Any, cast
 from xdsl.dialects.builtin import IntegerAttr, ModuleOp, TensorType
 from xdsl.ir import Attribute, Operation, SSAValue
 
+from ..dialects.accumulator import AccumulatorAttr
 from ..dialects.formats import is_wide, storage_bits
 from ..dialects.instances import name_of
 from ..dialects.operations._origin import is_weight
@@ -25,6 +26,7 @@ NO_RULE = "no rule matches it"
 OUTER = "its product sums over one value"
 OPAQUE = "kept as a torch operator: no structured operation for it"
 PADDED_SHOWN = 5
+TORCH = "torch"
 UNKNOWN = "kept as a torch operator, MACs not known, or not all of them"
 
 
@@ -49,6 +51,8 @@ class Contracted:
     traffic_bytes: int
     padded: tuple[Tensor, ...] = ()
     """Those operands, no weights, of which padding and scales are more than half."""
+    accumulator: str = TORCH
+    """`f32`, `e8m13 rtz x 4` ...: how products are summed; `torch` is the order of torch's f32 operator."""
 
     @property
     def formats(self) -> str:
@@ -173,7 +177,9 @@ def _contracted(op: Contraction, shapes: Shapes) -> Contracted:
         counted.add(name, *_operand(op, name, shapes), is_weight=name in weights, is_moved=name != "probabilities")
     counted.add_results(op, shapes)
     macs = op.macs(lambda v: shapes[v])
-    return counted.contracted(path_of(op.results[0]) or op.name, op.name.removeprefix("mx."), macs, _why(op))
+    found = counted.contracted(path_of(op.results[0]) or op.name, op.name.removeprefix("mx."), macs, _why(op))
+    accumulator = op.properties.get("acc")
+    return replace(found, accumulator=accumulator.label) if isinstance(accumulator, AccumulatorAttr) else found
 
 
 def _why(op: Contraction) -> str:

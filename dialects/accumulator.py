@@ -48,6 +48,12 @@ class AccumulatorAttr(ParametrizedAttribute):
         bits = self.mantissa.data
         return next((name for name, mantissa in MANTISSAS.items() if mantissa == bits), f"e8m{bits}")
 
+    @property
+    def label(self) -> str:
+        """`f32`, `bf16`, `e8m13 rtz`, `f32 x 4`: for tables."""
+        rounding = "" if self.rounding.data == "rne" else f" {self.rounding.data}"
+        return f"{self.format}{rounding}" + (f" x {self.partials.data}" if self.partials.data > 1 else "")
+
     def verify(self) -> None:
         bits = self.mantissa.data
         if not 1 <= bits <= 23:

@@ -224,11 +224,63 @@ def linear(input: Coded, weight: Coded, bias: Tensor | None, accumulator: Accumu
             own = _narrowed(fused_multiply_add(dot, scale, own), accumulator)
         total = own if first == 0 else _narrowed(total + own, accumulator)
     if input.over is not None or weight.over is not None:
-        one = torch.ones((), dtype=torch.float32, device=x.device)
-        total = total * ((one if input.over is None else input.over) * (one if weight.over is None else weight.over))
+        total = total * _over(input, weight)
     if bias is not None:
         total = total + bias.to(torch.float32)
-    return total.reshape(*leading, -1)
+    return total.reshape(*leading, w.shape[0])
+
+
+def holds_every_sum(input: Coded, weight: Coded, accumulator: AccumulatorAttr) -> bool:
+    """Whether every sum of products, in any order, is a number of the accumulator: then f32 products give its bits.
+
+    The certificate: factors are powers of two, and the bits of the largest product, of the number of products and of
+    the spread of the factors' exponents, together, are no more than the accumulator's digits.
+    """
+    import torch
+
+    spreads = [_spread(input.factors), _spread(weight.factors)]
+    if None in spreads or torch.get_float32_matmul_precision() != "highest":
+        return False
+    ranges = [spread for spread in spreads if spread is not None]
+    if sum(low for low, _ in ranges) < -100 or sum(high for _, high in ranges) > 60:
+        return False  # far from subnormals and from the largest f32
+    largest = [max(float(each.codes.abs().amax()) / each.bounds.step, 1.0) for each in (input, weight)]
+    digits = log2(largest[0] * largest[1] * max(input.size, 1)) + sum(high - low for low, high in ranges)
+    return digits <= accumulator.mantissa.data + 1
+
+
+def _spread(factors: Tensor) -> tuple[float, float] | None:
+    """The smallest and the largest exponent; None where a factor is no power of two."""
+    import torch
+
+    if not factors.numel():
+        return None
+    mantissas, exponents = torch.frexp(factors)
+    return (float(exponents.min()), float(exponents.max())) if bool((mantissas == 0.5).all()) else None
+
+
+def linear_in_f32(input: Coded, weight: Coded, bias: Tensor | None) -> Tensor:
+    """The same product by torch's f32 operator: right where `holds_every_sum` says so."""
+    import torch
+
+    x, w = (_values(each) for each in (input, weight))
+    found = torch.nn.functional.linear(x, w)
+    if input.over is not None or weight.over is not None:
+        found = found * _over(input, weight)
+    return found if bias is None else found + bias.to(torch.float32)
+
+
+def _values(x: Coded) -> Tensor:
+    import torch
+
+    factors = x.factors if x.length is None else _over_segments(x.factors, x.length, x.size)
+    return x.codes[..., : x.size].to(torch.float32) * factors
+
+
+def _over(input: Coded, weight: Coded) -> Tensor:
+    """The product of the tensors' own factors, rounded to f32."""
+    given = [each.over for each in (input, weight) if each.over is not None]
+    return given[0] * given[1] if len(given) == 2 else given[0]
 
 
 def fits_f64(a: Bounds, b: Bounds, length: int) -> bool:

@@ -101,7 +101,10 @@ class ExactLinear(nn.Module):
             if found is not None:
                 return found
         given = input if isinstance(input, Coded) else _as_definition(input, self.size)
-        return contractions.linear(given, self.weight(), self.bias, self.accumulator)
+        weight = self.weight()
+        if contractions.holds_every_sum(given, weight, self.accumulator):
+            return contractions.linear_in_f32(given, weight, self.bias)
+        return contractions.linear(given, weight, self.bias, self.accumulator)
 
     def weight(self) -> Coded:
         """The weights as the definition reads them."""
@@ -145,7 +148,7 @@ class ExactLinear(nn.Module):
             sums = split.sum(-1, dtype=torch.int32) if given is None else given.reshape(-1, count)[:, :segments]
         over = _over(input, self._over)
         found = packed(codes.contiguous(), factors.contiguous(), sums, over)
-        return found.reshape(*leading, -1)
+        return found.reshape(*leading, packed.columns)
 
     def _fits(self, input: Codes) -> bool:
         """Whether the kernel reads these codes as they are."""
