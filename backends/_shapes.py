@@ -47,5 +47,5 @@ def values_of(module: ModuleOp, sizes: Sequence[tuple[int, ...]]) -> dict[SSAVal
             if isinstance(op, ParameterOp):
                 values[op.result] = torch.empty(shape_of(op.result), dtype=torch_dtype(element_of(op.result)))
             elif isinstance(op, Operation):
-                values.update(zip(op.results, results(op, op.call(), values), strict=True))
+                values.update(zip(op.results, results(op, op.shape_call(), values), strict=True))
     return values

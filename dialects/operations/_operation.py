@@ -60,6 +60,10 @@ class Operation(IRDLOperation):
         """The meaning on torch tensors."""
         raise NotImplementedError(f"{self.name} has no meaning on torch tensors")
 
+    def shape_call(self) -> Call:
+        """A call on plain tensors whose results have the shapes and dtypes of those of `call`."""
+        return self.call()
+
     def verify_(self) -> None:
         from .. import formats
 

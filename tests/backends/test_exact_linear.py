@@ -1,0 +1,203 @@
+"""Modules whose linear layers state an accumulator: emulation equals the reference, whatever carries it out."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.utils.exceptions import VerifyException
+
+import mxloom
+from mxloom.backends.emulate import Emulate, build
+from mxloom.backends.kernels import native
+from mxloom.backends.kernels.contraction import exact_linear
+from mxloom.backends.kernels.contraction.exact_linear import ExactLinear
+from mxloom.backends.kernels.fake_quantization import reference_only
+from mxloom.backends.reference import Interpreter
+from mxloom.backends.weight_store import WeightStore
+from mxloom.dialects import contractions
+from mxloom.dialects.accumulator import AccumulatorAttr
+from mxloom.dialects.contractions import coded, why_no_codes
+from mxloom.dialects.formats import Rounding
+from mxloom.dialects.instances import INSTANCES, format_of
+from mxloom.dialects.mx import context, parse_module
+from mxloom.passes.accumulate import Accumulate
+from mxloom.passes.quantize import Quantize
+
+MODEL = """
+func.func @forward(%x: tensor<?x?x72xf32>) -> (tensor<?x?x24xf32>, tensor<?x?x40xf32>) {
+  %a.weight = mx.parameter "a.weight" : tensor<24x72xf32>
+  %a.bias = mx.parameter "a.bias" : tensor<24xf32>
+  %b.weight = mx.parameter "b.weight" : tensor<72x40xf32>
+  %a = mx.linear %x, %a.weight, %a.bias : (tensor<?x?x72xf32>, tensor<24x72xf32>, tensor<24xf32>) -> tensor<?x?x24xf32>
+  %b = mx.linear %x, %b.weight, transposed : (tensor<?x?x72xf32>, tensor<72x40xf32>) -> tensor<?x?x40xf32>
+  func.return %a, %b : tensor<?x?x24xf32>, tensor<?x?x40xf32>
+}
+"""
+FORMATS = [name for name in INSTANCES if why_no_codes(format_of(name, rank=2)) is None]
+
+
+def store() -> WeightStore:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (24, 72), "a.bias": (24,), "b.weight": (72, 40)}
+    return WeightStore.from_state_dict({n: torch.randn(s, generator=generator) for n, s in shapes.items()})
+
+
+def exact(weights: str, activations: str, **options: object) -> ModuleOp:
+    module = parse_module(MODEL)
+    Quantize(weights=weights, activations=activations).apply(context(), module)
+    Accumulate(**options).apply(context(), module)  # pyright: ignore[reportArgumentType]
+    module.verify()
+    return module
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(2, 5, 72, generator=torch.Generator().manual_seed(1))
+
+
+def outputs(module: ModuleOp, weights: WeightStore, x: torch.Tensor) -> list[list[torch.Tensor]]:
+    """By the reference, by kernels, and by torch alone."""
+    emulation = build(module, weights)
+    found = [Interpreter(module, weights)(x), list(emulation(x))]
+    with reference_only():
+        found.append(list(emulation(x)))
+    return found
+
+
+def all_equal(found: list[list[torch.Tensor]]) -> bool:
+    return all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_emulation_equals_the_reference(format: str) -> None:
+    for weights, activations in [(format, "mxint8"), ("mxfp4", format)]:
+        assert all_equal(outputs(exact(weights, activations, format="bf16", partials=2), store(), inputs()))
+
+
+@pytest.mark.parametrize("rounding", ["rna", "rtz"])
+def test_the_rounding_of_a_cast_reaches_the_codes(rounding: str) -> None:
+    module, weights = parse_module(MODEL), store()
+    Quantize(weights="mxfp4", activations="mxfp6_e2m3", scale_rule="ceil", rounding=rounding).apply(context(), module)
+    Accumulate().apply(context(), module)
+    found = outputs(module, weights, inputs())
+    assert all_equal(found)
+    assert not torch.equal(found[0][0], outputs(exact("mxfp4", "mxfp6_e2m3"), weights, inputs())[0][0])
+
+
+def test_accumulators_change_what_they_should() -> None:
+    """Few mantissa bits lose what 23 keep, and then the order of the sums matters."""
+    results = [
+        Interpreter(exact("mxint8", "nvfp4", **options), store())(inputs())[0]
+        for options in ({}, {"format": "bf16"}, {"format": "e8m13", "rounding": "rtz"}, {"format": "bf16", "partials": 3})
+    ]
+    wide = results[0].double()
+    errors = [float((result.double() - wide).norm() / wide.norm()) for result in results]
+    assert errors[0] == 0
+    assert 2**-12 < errors[1] < 2**-6
+    assert 2**-18 < errors[2] < 2**-11
+    assert 2**-12 < errors[3] < 2**-6
+    assert not torch.equal(results[1], results[3])
+
+
+def test_readers_of_one_value_share_its_codes() -> None:
+    graph = build(exact("mxfp4", "mxint8"), store()).graph
+    assert sum(node.target is exact_linear.input_codes for node in graph.nodes) == 1
+    assert sum(node.op == "call_module" for node in graph.nodes) == 2
+
+
+def test_codes_of_a_stored_weight_are_those_of_the_file(tmp_path: Path) -> None:
+    """NVFP4 rounded twice differs, so a saved layer must read its codes, not round its values anew."""
+    layer = nn.Linear(64, 32)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    for weights in ("nvfp4", "int4_channel", "int8_affine", "mxfp4"):
+        compiled = mxloom.compile(layer, weights=weights, activations="nvfp4", example={"input": x}, mode="exact")
+        compiled.save(tmp_path / weights)
+        loaded = mxloom.load(tmp_path / weights)
+        assert "#mx.accumulator<f32>" in str(loaded.module)
+        assert torch.equal(loaded(x), compiled(x))
+        assert torch.equal(Interpreter(loaded.module, loaded.weights)(x)[0], compiled(x))
+
+
+def test_odd_inputs_give_what_the_definition_gives() -> None:
+    """Strides, other dtypes, one row, no row, NaN, infinity."""
+    module, weights = exact("mxfp4", "mxint8"), store()
+    emulation, reference = build(module, weights), Interpreter(module, weights)
+    x = inputs()
+    special = x.clone()
+    special[0, 1, 3], special[1, 2, 70] = torch.nan, torch.inf
+    for given in (x[:1, :1], x[:, :0], x.transpose(0, 1), special, x.expand(3, 2, 5, 72)[1]):
+        for a, b in zip(emulation(given), reference(given), strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+def test_the_text_of_the_emulation_can_be_read_without_weights() -> None:
+    stream = io.StringIO()
+    Emulate().emit(context(), exact("mxfp4", "mxint8"), stream)
+    assert "input_codes" in stream.getvalue()
+    assert "self.a(" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("weight", "input", "holds"), [("mxint2", "mxint2", True), ("mxint8", "mxint8", False)])
+def test_the_certificate(weight: str, input: str, holds: bool) -> None:
+    """256 products of one-bit magnitudes in few binades fit 24 digits, of seven-bit ones they do not."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(8, 256, generator=generator) for _ in range(2))
+    a, b = coded(x, format_of(input, rank=2), Rounding()), coded(w, format_of(weight, rank=2), Rounding())
+    acc = AccumulatorAttr.of()
+    assert contractions.holds_every_sum(a, b, acc) == holds
+    if holds:
+        assert torch.equal(contractions.linear_in_f32(a, b, None), contractions.linear(a, b, None, acc))
+        assert not contractions.holds_every_sum(a, b, AccumulatorAttr.of("bf16"))
+
+
+def test_a_layer_says_why_it_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = format_of("mxfp8_e5m2", rank=2)
+    weight = coded(torch.randn(4, 64), fmt, Rounding())
+    layer = ExactLinear(weight, None, AccumulatorAttr.of(), fmt)
+    assert layer.why_not == "sums of its products take more than 53 bits"
+    monkeypatch.setattr(exact_linear, "datapath", lambda codes: None)
+    fmt = format_of("mxint8", rank=2)
+    layer = ExactLinear(coded(torch.randn(4, 64), fmt, Rounding()), None, AccumulatorAttr.of(), fmt)
+    assert layer.why_not == "the processor multiplies no codes of i8"
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}; run on x86-64 or 64-bit Arm")
+def test_a_layer_runs_on_its_kernel() -> None:
+    fmt = format_of("mxint8", rank=2)
+    assert ExactLinear(coded(torch.randn(4, 64), fmt, Rounding()), None, AccumulatorAttr.of(), fmt).why_not is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("tensor<24x72xf32>", "the weight is f32, not quantized"),
+        (
+            "tensor<24x72x!mx.mixed<!mx.block<16xf4E2M1FN, f8E4M3FN, f32>, f8E4M3FN>>",
+            "not made of blocks with one kind",
+        ),
+    ],
+)
+def test_operands_without_codes_are_refused(weight: str, message: str) -> None:
+    text = f"""
+      func.func @f(%x: tensor<2x72x!mx.block<8xi8>>, %w: {weight}) -> tensor<2x24xf32> {{
+        %y = mx.linear %x, %w, acc = #mx.accumulator<f32> : (tensor<2x72x!mx.block<8xi8>>, {weight}) -> tensor<2x24xf32>
+        func.return %y : tensor<2x24xf32>
+      }}"""
+    with pytest.raises(VerifyException, match=message):
+        parse_module(text)
+
+
+def test_values_whose_scales_are_lost_are_refused() -> None:
+    nvfp4 = "!mx.block<16xf4E2M1FN, f8E4M3FN, f32>"
+    text = f"""
+      func.func @f(%x: tensor<2x32x{nvfp4}>, %w: tensor<4x32x{nvfp4}>) -> tensor<2x4xf32> {{
+        %y = mx.linear %x, %w, acc = #mx.accumulator<f32>
+          : (tensor<2x32x{nvfp4}>, tensor<4x32x{nvfp4}>) -> tensor<2x4xf32>
+        func.return %y : tensor<2x4xf32>
+      }}"""
+    with pytest.raises(VerifyException, match="whose scales are not kept"):
+        parse_module(text)
