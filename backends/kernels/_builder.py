@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from math import copysign
 from typing import Any, Literal
 
@@ -28,8 +29,37 @@ PREDICATES: dict[int, Predicate] = {1: "oeq", 2: "ogt", 3: "oge", 4: "olt", 13: 
 
 _NUMBERS = {name: number for number, name in PREDICATES.items()}
 
+_EXACT = arith.FastMathFlagsAttr("none")
+
 _SIGN = -(1 << 31)
 _MAGNITUDE = (1 << 31) - 1
+
+
+_PROPERTIES: dict[Hashable, dict[str, Attribute]] = {}
+
+
+def made(
+    key: Hashable, make: Callable[[], Operation], operands: Sequence[SSAValue], results: Sequence[Attribute]
+) -> Operation:
+    """The operation that `make()` makes, its like put together from its parts from the second time on.
+
+    `key` stands for all that decides about its properties. xDSL's constructors look their arguments up in the
+    definition of the operation, which takes three to ten times as long.
+    """
+    if key not in _PROPERTIES:
+        operation = make()
+        _PROPERTIES[key] = dict(operation.properties)
+        _KINDS[key] = type(operation)
+        return operation
+    return _KINDS[key].create(operands=operands, result_types=results, properties=dict(_PROPERTIES[key]))
+
+
+_KINDS: dict[Hashable, type[Operation]] = {}
+
+
+@lru_cache(maxsize=256)
+def vector_of_type(element: Attribute, lanes: int) -> VectorType:
+    return VectorType(element, [lanes])
 
 
 def is_vector(value: SSAValue) -> bool:
@@ -60,11 +90,11 @@ class Builder:
 
     def bits(self, value: SSAValue) -> SSAValue:
         """The bits of f32 as i32, of f64 as i64."""
-        return self._add(arith.BitcastOp(value, self._like(value, i64 if _part(value) == f64 else i32)))
+        return self._bitcast(value, self._like(value, i64 if _part(value) == f64 else i32))
 
     def float(self, bits: SSAValue) -> SSAValue:
         """The f32 with these bits; the f64 with these 64."""
-        return self._add(arith.BitcastOp(bits, self._like(bits, f64 if _part(bits) == i64 else f32)))
+        return self._bitcast(bits, self._like(bits, f64 if _part(bits) == i64 else f32))
 
     def wide(self, value: SSAValue) -> SSAValue:
         """The f32 as f64."""
@@ -79,10 +109,10 @@ class Builder:
         owner = value.owner
         if isinstance(owner, arith.ConstantOp):  # a constant vector is an operand of the instruction itself
             assert isinstance(owner.value, FloatAttr | IntegerAttr)
-            kind: Any = VectorType(value.type, [self.lanes])
+            kind: Any = vector_of_type(value.type, self.lanes)
             lanes = [owner.value.value.data]
             return self._once(value, lambda: arith.ConstantOp(DenseIntOrFPElementsAttr.from_list(kind, lanes)))
-        return self._add(vector.BroadcastOp(value, VectorType(value.type, [self.lanes])))
+        return self._add(vector.BroadcastOp(value, vector_of_type(value.type, self.lanes)))
 
     def add(self, a: SSAValue, b: SSAValue) -> SSAValue:
         return self._binary(arith.AddiOp, arith.AddfOp, a, b)
@@ -131,10 +161,7 @@ class Builder:
             arith.CmpfOp.create(
                 operands=[a, b],
                 result_types=[kind],
-                properties={
-                    "predicate": IntegerAttr(_NUMBERS[predicate], 64),
-                    "fastmath": arith.FastMathFlagsAttr("none"),
-                },
+                properties={"predicate": IntegerAttr(_NUMBERS[predicate], 64), "fastmath": _EXACT},
             )
         )
 
@@ -184,7 +211,11 @@ class Builder:
 
     def _binary(self, integers: type[IRDLOperation], floats: type[IRDLOperation], a: SSAValue, b: SSAValue) -> SSAValue:
         a, b = self._alike(a, b)
-        return self._add((floats if _part(a) in (f32, f64) else integers)(a, b))  # pyright: ignore[reportCallIssue]
+        kind = floats if _part(a) in (f32, f64) else integers
+        return self._add(made(kind, lambda: kind(a, b), [a, b], [a.type]))  # pyright: ignore[reportCallIssue]
+
+    def _bitcast(self, value: SSAValue, kind: Attribute) -> SSAValue:
+        return self._add(made(arith.BitcastOp, lambda: arith.BitcastOp(value, kind), [value], [kind]))
 
     def _alike(self, a: SSAValue, b: SSAValue) -> tuple[SSAValue, SSAValue]:
         if is_vector(a) and not is_vector(b):
@@ -194,4 +225,4 @@ class Builder:
         return a, b
 
     def _like(self, value: SSAValue, element: Attribute) -> Attribute:
-        return VectorType(element, [self.lanes]) if is_vector(value) else element
+        return vector_of_type(element, self.lanes) if is_vector(value) else element

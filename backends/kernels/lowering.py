@@ -21,7 +21,7 @@ from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
 
 from ...dialects.errors import MxloomError
-from ._builder import PREDICATES
+from ._builder import PREDICATES, made, vector_of_type
 
 _SAME: dict[type[Operation], type[Operation]] = {
     arith.AddiOp: llvm.AddOp,
@@ -60,19 +60,26 @@ class Writer:
         return operation.results[0]
 
     def constant(self, value: int, kind: Attribute = i64) -> SSAValue:
-        return self.add(llvm.ConstantOp(IntegerAttr(value, kind), kind))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return self.add(llvm.ConstantOp.create(result_types=[kind], properties={"value": IntegerAttr(value, kind)}))  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def at(self, pointer: SSAValue, index: SSAValue, kind: Attribute = f32) -> SSAValue:
         """The address of an element."""
-        return self.add(llvm.GEPOp.from_mixed_indices(pointer, [index], kind))
+        return self.add(
+            made(
+                (llvm.GEPOp, kind),
+                lambda: llvm.GEPOp.from_mixed_indices(pointer, [index], kind),
+                [pointer, index],
+                [POINTER],
+            )
+        )
 
     def load(self, pointer: SSAValue, kind: Attribute) -> SSAValue:
-        load = llvm.LoadOp(pointer, kind)
+        load = made(llvm.LoadOp, lambda: llvm.LoadOp(pointer, kind), [pointer], [kind])
         load.properties["alignment"] = IntegerAttr(4, 64)
         return self.add(load)
 
     def store(self, value: SSAValue, pointer: SSAValue, alignment: int = 4) -> None:
-        store = llvm.StoreOp(value, pointer)
+        store = made(llvm.StoreOp, lambda: llvm.StoreOp(value, pointer), [value, pointer], [])
         store.properties["alignment"] = IntegerAttr(alignment, 64)
         self.block.add_op(store)
 
@@ -117,14 +124,14 @@ class Writer:
         kind = op.results[0].type
         same = _SAME.get(type(op))
         if same is not None:
-            return self.add(same(*operands))
+            return self.add(made(same, lambda: same(*operands), operands, [kind]))
         if type(op) in _INTRINSICS:
             return self.intrinsic(_INTRINSICS[type(op)], operands, kind)
         match op:
             case arith.ConstantOp():
-                return self.add(llvm.ConstantOp(_listed(op.value), kind))
+                return self.add(llvm.ConstantOp.create(result_types=[kind], properties={"value": _listed(op.value)}))
             case arith.BitcastOp():
-                return self.add(llvm.BitcastOp(operands[0], kind))
+                return self.bitcast(operands[0], kind)
             case arith.ExtFOp():
                 return self.add(llvm.FPExtOp(operands[0], kind))
             case arith.TruncFOp():
@@ -134,10 +141,20 @@ class Writer:
                 return self.spread(operands[0], kind.get_shape()[0])
             case arith.CmpfOp():
                 predicate = PREDICATES[op.predicate.value.data]
-                return self.add(llvm.FCmpOp(operands[0], operands[1], predicate))
+                return self.add(
+                    made(
+                        (llvm.FCmpOp, predicate),
+                        lambda: llvm.FCmpOp(operands[0], operands[1], predicate),
+                        operands,
+                        [kind],
+                    )
+                )
             case arith.SelectOp():
-                return self.add(llvm.SelectOp(*operands))
+                return self.add(made(llvm.SelectOp, lambda: llvm.SelectOp(*operands), operands, [kind]))
         raise MxloomError(f"{op.name} has no form in the llvm dialect; this is a fault of mxloom")
+
+    def bitcast(self, value: SSAValue, kind: Attribute) -> SSAValue:
+        return self.add(made(llvm.BitcastOp, lambda: llvm.BitcastOp(value, kind), [value], [kind]))
 
     def array(self, kind: Attribute, length: int) -> SSAValue:
         """The address of an array on the stack."""
@@ -146,7 +163,7 @@ class Writer:
 
     def spread(self, value: SSAValue, lanes: int) -> SSAValue:
         """A scalar in every lane."""
-        kind = VectorType(value.type, [lanes])
+        kind = vector_of_type(value.type, lanes)
         undefined = self.add(llvm.UndefOp(kind))
         first = self.add(llvm.InsertElementOp(undefined, value, self.constant(0, i32)))
         mask = DenseArrayBase.from_list(i32, [0] * lanes)
@@ -241,15 +258,13 @@ def groups_kernel(
         return count
 
     def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
-        count, seen = carried
+        count, following, seen = carried
         begin = writer.add(llvm.MulOp(index, writer.constant(lanes)))
+        # While one group is rounded, the scales of the next are computed and the one behind it is measured: scales take
+        # long, and a vector read right behind the writes of its lanes waits until they have reached the cache.
         found = [writer.load(top, VectorType(i32, [GROUP])) for top in tops]
         computed = writer.inline(scale, [*found, over])
-        for one, place in zip(computed, factors, strict=True):
-            writer.store(one, place)
-        # The next group is measured before this one is rounded: a vector read right behind the writes of its lanes
-        # would wait until they have reached the cache.
-        following = measure_group(writer.add(llvm.AddOp(index, writer.constant(GROUP))))
+        last = measure_group(writer.add(llvm.AddOp(index, writer.constant(2 * GROUP))))
 
         def rounded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
@@ -258,17 +273,21 @@ def groups_kernel(
             return []
 
         writer.loop(writer.constant(0), count, 1, [], rounded)
+        for one, place in zip(computed, factors, strict=True):
+            writer.store(one, place)
         own = writer.add(llvm.BitcastOp(computed[0], seen.type))
-        return [following, writer.intrinsic("llvm.umax", [seen, own], seen.type)]
+        return [following, last, writer.intrinsic("llvm.umax", [seen, own], seen.type)]
 
     none = writer.add(llvm.ConstantOp(zeros(GROUP), VectorType(i32, [GROUP])))
     for top in tops:  # a last group may be short: what it leaves as it was has been counted already
         writer.store(none, top)
-    _, seen = writer.loop(first, end, GROUP, [measure_group(first), none], group)
+    before = writer.add(llvm.SubOp(first, writer.constant(GROUP)))  # where nothing is rounded
+    carried = [writer.constant(0), measure_group(first), none]
+    _, _, seen = writer.loop(before, end, GROUP, carried, group)
     largest = writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)
     if bound is not None:
-        behind = (writer.add(llvm.MulOp(index, writer.constant(lanes))) for index in (first, end))
-        bound.apply(writer, target, *behind, largest)
+        begin, behind = (writer.add(llvm.MulOp(index, writer.constant(lanes))) for index in (first, end))
+        bound.apply(writer, target, begin, behind, largest)
     return finish(writer, largest)
 
 
@@ -298,8 +317,8 @@ def rows_kernel(
 
     (largest,) = writer.loop(first, end, 1, [writer.constant(0, i32)], row)
     if bound is not None:
-        behind = (writer.add(llvm.MulOp(index, length)) for index in (first, end))
-        bound.apply(writer, target, *behind, largest)
+        begin, behind = (writer.add(llvm.MulOp(index, length)) for index in (first, end))
+        bound.apply(writer, target, begin, behind, largest)
     return finish(writer, largest)
 
 
