@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-    from ..backends.kernels.conversions import Conversion
+    from ..backends.kernels.conversions import Conversion, Summation
 
 
 SEQUENCE = 512
@@ -106,6 +106,13 @@ class Compiled:
         from ..backends.kernels.conversions import conversions
 
         return conversions(self.emulation)
+
+    @property
+    def summations(self) -> tuple[Summation, ...]:
+        """The linear layers that state an accumulator; whether a native kernel sums, or why not."""
+        from ..backends.kernels.conversions import summations
+
+        return summations(self.emulation)
 
     def arguments(self, *inputs: Tensor, **named: Tensor) -> list[Tensor]:
         """The inputs in the module's order and dtypes.

@@ -6,6 +6,7 @@ from torch import nn
 
 import mxloom
 from mxloom.backends.kernels import native
+from mxloom.backends.kernels.contraction.datapath import BYTES, WORDS
 from mxloom.dialects.formats import Rounding
 
 
@@ -21,3 +22,27 @@ def test_conversions_are_named_with_the_reason_where_no_kernel_does_them(monkeyp
     assert str(block) == "2 x !mx.block<32x!mx.fixed<8, 6>>, floor, rne: a kernel"
     monkeypatch.setenv("MXLOOM_KERNELS", "eager")
     assert {c.why_not for c in compiled.conversions} == {"MXLOOM_KERNELS is eager"}
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}; run on x86-64 or 64-bit Arm")
+def test_exact_layers_name_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    rules = [{"match": "2", "activations": "mxfp8_e5m2", "weights": "mxfp8_e5m2"}]
+    rules.append({"weights": "mxfp4", "activations": "mxint8"})
+    compiled = mxloom.compile(model, {"quantize": rules}, example={"input": torch.ones(2, 32)}, mode="exact")
+    codes = [
+        conversion for conversion in compiled.conversions if conversion.format.startswith("!mx.block<32x!mx.fixed")
+    ]
+    assert [str(conversion) for conversion in codes] == [
+        "1 x codes of !mx.block<32x!mx.fixed<8, 6>>, floor, rne: a kernel"
+    ]
+    kernel = next(found for found in compiled.summations if found.why_not is None)
+    assert (kernel.accumulator, kernel.count, kernel.datapath in {path.name for path in (*BYTES, *WORDS)}) == (
+        "f32",
+        1,
+        True,
+    )
+    other = next(found for found in compiled.summations if found.why_not is not None)
+    assert str(other) == "1 x linear, f32: torch (sums of its products take more than 53 bits)"
+    monkeypatch.setenv("MXLOOM_KERNELS", "eager")
+    assert all(found.why_not for found in compiled.summations)

@@ -94,6 +94,11 @@ class ExactLinear(nn.Module):
         self._over = weight.over
         self._bounds, self._length = weight.bounds, weight.length
 
+    @property
+    def datapath(self) -> str | None:
+        """The name of the datapath of its kernel."""
+        return None if self._packed is None else self._packed.path.name
+
     def forward(self, input: Codes | Coded) -> Tensor:
         """The layer on the codes of its input, f32."""
         if self._packed is not None and switched_off() is None:
