@@ -28,6 +28,7 @@ from .lowering import GROUP, Bound, given_rows_kernel, groups_kernel, largest_ke
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from xdsl.dialects.builtin import ModuleOp
     from xdsl.dialects.func import FuncOp
 
 INFINITY_BITS = 0x7F800000
@@ -194,7 +195,7 @@ def _pieces_kernel(numbers: BlockFunction) -> native.Kernel:
 
 @lru_cache(maxsize=1024)
 def _groups_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"groups {numbers}", lambda: groups_kernel(*_parts(numbers, GROUP)))
+    return native.Kernel(f"groups {numbers}", lambda: _groups(numbers))
 
 
 @lru_cache(maxsize=1024)
@@ -205,6 +206,12 @@ def _rows_kernel(numbers: BlockFunction) -> native.Kernel:
 @lru_cache(maxsize=1024)
 def _given_rows_kernel(numbers: BlockFunction) -> native.Kernel:
     return native.Kernel(f"given rows {numbers}", lambda: given_rows_kernel(block_function(numbers)))
+
+
+def _groups(numbers: BlockFunction) -> ModuleOp:
+    short = numbers.lanes in (8, 16)
+    together = 8 if short and numbers.tensor_scale else 4 if short else 1
+    return groups_kernel(*_parts(numbers, GROUP), together=together)
 
 
 def _parts(numbers: BlockFunction, blocks: int | None) -> tuple[FuncOp, tuple[str, ...], FuncOp, FuncOp, Bound]:

@@ -171,6 +171,37 @@ class Writer:
             llvm.ShuffleVectorOp.create(operands=[first, undefined], result_types=[kind], properties={"mask": mask})
         )
 
+    def lanes(self, a: SSAValue, b: SSAValue, which: Sequence[int]) -> SSAValue:
+        """Some lanes of two vectors, those of the second counted on from the first."""
+        assert isinstance(a.type, VectorType)
+        kind = vector_of_type(a.type.element_type, len(which))
+        mask = DenseArrayBase.from_list(i32, [*which])
+        return self.add(llvm.ShuffleVectorOp.create(operands=[a, b], result_types=[kind], properties={"mask": mask}))
+
+    def reduced_blocks(self, vectors: Sequence[SSAValue], reduction: str) -> SSAValue:
+        """One number for each of several blocks, a power of two of them, which are given as a vector each.
+
+        Two vectors become one with half as many lanes for each block, until all stand in one.
+        """
+        assert isinstance(vectors[0].type, VectorType)
+        width = lanes = vectors[0].type.get_shape()[0]
+        vectors, blocks = [*vectors], len(vectors)
+        while width > 1:
+            half = width // 2
+            if len(vectors) == 1:
+                pairs, count = [(vectors[0], vectors[0])], blocks
+            else:
+                pairs, count = list(zip(vectors[::2], vectors[1::2], strict=True)), 2 * lanes // width
+            vectors = []
+            for a, b in pairs:
+                parts = [
+                    self.lanes(a, b, [block * width + begin + lane for block in range(count) for lane in range(half)])
+                    for begin in (0, half)
+                ]
+                vectors.append(self.intrinsic(f"llvm.{reduction}", parts, parts[0].type))
+            width = half
+        return vectors[0]
+
     def _jump(self, target: Block, arguments: Sequence[SSAValue]) -> None:
         self.block.add_op(llvm.BrOp.create(operands=list(arguments), successors=[target]))
 
@@ -226,11 +257,17 @@ class Bound:
 
 
 def groups_kernel(
-    measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp, bound: Bound | None = None
+    measure: FuncOp,
+    reductions: Sequence[str],
+    scale: FuncOp,
+    elements: FuncOp,
+    bound: Bound | None = None,
+    together: int = 1,
 ) -> ModuleOp:
     """The same arguments, for blocks: the scales of eight at a time, then their elements.
 
-    It yields the bits of the largest scale.
+    It yields the bits of the largest scale. `together` blocks (1, 4 or 8) are measured at once: the more, the faster
+    where blocks are short, and the longer it takes to compile.
     """
     values = vector_of(elements)
     lanes = values.get_shape()[0]
@@ -254,7 +291,22 @@ def groups_kernel(
                 writer.store(reduced, writer.at(top, place, i32))
             return []
 
-        writer.loop(writer.constant(0), count, 1, [], measured)
+        def measured_at_once(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
+            places = [writer.add(llvm.AddOp(offset, writer.constant(block * lanes))) for block in range(together)]
+            loaded = [writer.load(writer.at(source, place), values) for place in places]
+            own = zip(*(writer.inline(measure, [one]) for one in loaded), strict=True)
+            for parts, reduction, top in zip(own, reductions, tops, strict=True):
+                writer.store(writer.reduced_blocks(parts, reduction), writer.at(top, place, i32))
+            return []
+
+        if together == 1:
+            writer.loop(writer.constant(0), count, 1, [], measured)
+            return count
+        full = writer.add(llvm.ICmpOp(count, writer.constant(GROUP), IntegerAttr(0, 64)))
+        nothing = writer.constant(0)
+        writer.loop(nothing, writer.add(llvm.SelectOp(full, count, nothing)), together, [], measured_at_once)
+        writer.loop(nothing, writer.add(llvm.SelectOp(full, nothing, count)), 1, [], measured)
         return count
 
     def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:

@@ -148,6 +148,8 @@ def code_tensor(case: Case) -> None:
     prepared(x, *outs)
     case.check(3)
     assert all(same(a.float(), b.float()) for a, b in zip(outs, plain[:3], strict=True)), str(case)
+    if plain.codes.is_floating_point():  # no whole numbers, which have sums
+        return
     split = plain.codes.unflatten(-1, (plain.scales.shape[-1], -1))
     assert torch.equal(split.sum(-1, dtype=torch.int32), plain.sums), str(case)
 
