@@ -1,7 +1,8 @@
 """`@code_scale` and `@codes`: one block of a format as whole numbers and one factor, for arithmetic on codes.
 
-Every value of an element is a whole number of steps, its smallest positive value; a code is that number. So
-value = code x (scale x step), where the product in brackets is exact but for subnormals.
+Every value of an element is a whole number of steps, its smallest positive value; a code is that number, or the
+value itself (step 1) where the number takes more than 16 bits. So value = code x (scale x step), where the product in
+brackets is exact but for subnormals.
 """
 
 from __future__ import annotations
@@ -10,36 +11,29 @@ from xdsl.dialects.builtin import FunctionType, VectorType, f32, i32
 from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import Attribute, Block, Region
 
-from ...dialects.formats._element import Element, Fixed, Minifloat
+from ...dialects.contractions import LARGEST_CODE, bounds_of, step_of
+from ...dialects.formats._element import Fixed
 from ._builder import Builder
 from .block_function import INFINITY, LARGEST, BlockFunction, levels_of, scaled_element
-
-MOST = (1 << 15) - 1
-"""The largest code: 16 bits with a sign."""
 
 _TO_BITS = 1.5 * 2**23
 """Added to a whole number below 2^22 it leaves that number in the lowest bits of the sum."""
 
 
-def step_of(element: Element) -> float:
-    """The number that all values of the element are whole multiples of: a power of two."""
-    if isinstance(element, Minifloat):
-        return element.smallest
-    assert isinstance(element, Fixed)
-    return 2.0**-element.fraction
-
-
-def largest_code(element: Element) -> int:
-    """The largest magnitude of a code."""
-    bottom = -element.bottom_code if isinstance(element, Fixed) else 0
-    return max(int(element.largest / step_of(element)), bottom)
+def code_bits(numbers: BlockFunction) -> int:
+    """Bits of a code in memory: 8 or 16 of an integer, or 64 of the f64 that holds an element as it is."""
+    bounds = bounds_of(numbers.element)
+    if bounds.step < 1:
+        return 64
+    fits = bounds.largest <= 127 or (isinstance(numbers.element, Fixed) and numbers.element.width <= 8)
+    return 8 if fits else 16
 
 
 def why_no_codes(numbers: BlockFunction) -> str | None:
-    """Why the values of a format are not kept as whole numbers under a factor."""
-    step = step_of(numbers.element)
-    if largest_code(numbers.element) > MOST:
+    """Why the values of a format are not kept as codes under a factor."""
+    if bounds_of(numbers.element).largest > LARGEST_CODE and code_bits(numbers) < 64:
         return "the element's values are no whole numbers of 16 bits"
+    step = step_of(numbers.element)
     return "the element's step lies outside 2^-22 to 1" if not 2.0**-22 <= step <= 1 else None
 
 
@@ -76,7 +70,7 @@ def code_scale_function(numbers: BlockFunction, blocks: int | None) -> FuncOp:
 def code_function(numbers: BlockFunction) -> FuncOp:
     """`func @codes(vector of lanes x f32, the same) -> vector of lanes x i32`: values and divisors to codes.
 
-    Negative zero has code 0, as NaN has.
+    Codes that are elements as they are, are f32. NaN has code 0, as negative zero has among whole numbers.
     """
     kind = VectorType(f32, [numbers.lanes])
     whole = VectorType(i32, [numbers.lanes])
@@ -84,6 +78,9 @@ def code_function(numbers: BlockFunction) -> FuncOp:
     values, divisor = block.args
     b = Builder(block, numbers.lanes)
     rounded = scaled_element(b, values, divisor, numbers)
+    if code_bits(numbers) == 64:
+        block.add_op(ReturnOp(b.select(b.compare("oeq", rounded, rounded), rounded, b.number(0.0))))
+        return FuncOp("codes", FunctionType.from_lists([kind] * 2, [kind]), Region(block))
     steps = b.multiply(rounded, b.number(1 / step_of(numbers.element)))
     codes = b.subtract(b.bits(b.add(steps, b.number(_TO_BITS))), b.bits(b.number(_TO_BITS)))
     block.add_op(ReturnOp(b.select(b.compare("oeq", steps, steps), codes, b.integer(0))))

@@ -8,14 +8,14 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...dialects.contractions import bounds_of
 from ...dialects.formats import BlockType
-from ...dialects.formats._element import Fixed
 from . import native
 from ._layout import LARGEST_VECTOR, block_numbers
 from ._prepared import largest_bits, tensor_scale
 from ._team import team_size
 from .block_function import BlockFunction, magnitudes
-from .code_function import code_function, code_scale_function, largest_code, why_no_codes
+from .code_function import code_bits, code_function, code_scale_function, why_no_codes
 from .codes_kernel import code_groups_kernel, code_rows_kernel
 from .lowering import GROUP
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class Codes(NamedTuple):
     """A tensor [..., K] in blocks of B along its last dimension, n = ceil(K / B) of them.
 
-    codes [..., n x B], int8 or int16: value / (scale of its block x step of the element); zeros behind K.
+    codes [..., n x B], int8 or int16: value / (scale of its block x step of the element); zeros behind K. Where that
+    takes more bits, f64: value / scale, the element as it is, and sums are 0.
     scales [..., n], f32: scale x step. sums [..., n], int32: the sum of the block's codes. Where one scale stands for
     several rows it is repeated for each, and sums are those of the row; a format without scales has its step for every
     row.
@@ -79,8 +80,7 @@ class PreparedCodes:
         leading = shape[:-1]
         self.codes_shape = (*leading, layout.blocks * layout.size)
         self.blocks_shape = (*leading, layout.blocks)
-        bits = code_bits(layout.function)
-        self.code_dtype = torch.int8 if bits == 8 else torch.int16
+        self.code_dtype = {8: torch.int8, 16: torch.int16, 64: torch.float64}[code_bits(layout.function)]
         make = _groups_kernel if layout.in_registers else _given_kernel if layout.whole else _rows_kernel
         self._kernel = make(layout.function)
         self._in_place = layout.tiling is None and not layout.padding and dtype == torch.float32
@@ -155,12 +155,6 @@ def prepare_codes(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: 
     return native.why_not() or PreparedCodes(layout, shape, dtype)
 
 
-def code_bits(numbers: BlockFunction) -> int:
-    """Bits of the integers that hold codes: 8 or 16."""
-    element = numbers.element
-    return 8 if largest_code(element) <= 127 or (isinstance(element, Fixed) and element.width <= 8) else 16
-
-
 def _layout(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> CodeLayout | str:
     numbers = block_numbers(fmt, how)
     if isinstance(numbers, str):
@@ -183,7 +177,7 @@ def _layout(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> CodeLayout
             if any(step != 1 for step in found.block[:-1]):
                 return "its blocks reach over several rows"
             size, blocks = found.block[-1], found.tiles[-1]
-    if size * largest_code(numbers.element) >= 1 << 31:
+    if code_bits(numbers) < 64 and size * bounds_of(numbers.element).largest >= 1 << 31:
         return "sums of codes need more than 32 bits"
     if isinstance(fmt, BlockType) and not whole and size <= LARGEST_VECTOR and size & (size - 1) == 0:
         return CodeLayout(replace(numbers, lanes=size), rows, blocks, size, 0, whole, True, tiling)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xdsl.dialects import llvm
-from xdsl.dialects.builtin import IntegerType, ModuleOp, VectorType, f32, i32
+from xdsl.dialects.builtin import Float64Type, IntegerType, ModuleOp, VectorType, f32, f64, i32
 from xdsl.dialects.func import FuncOp
 from xdsl.ir import SSAValue
 
@@ -21,7 +21,7 @@ def code_groups_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: i
     values = vector_of(codes)
     lanes = values.get_shape()[0]
     writer, (source, target, first, end, _, over, _) = start()
-    out = _Outputs(writer, target, IntegerType(bits))
+    out = _Outputs(writer, target, f64 if bits == 64 else IntegerType(bits))
     tops, factors, divisors = (writer.array(kind, GROUP) for kind in (i32, f32, f32))
 
     def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
@@ -66,7 +66,7 @@ def code_rows_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int
     values = vector_of(codes)
     lanes = values.get_shape()[0]
     writer, (source, target, first, end, known, over, length) = start()
-    out = _Outputs(writer, target, IntegerType(bits))
+    out = _Outputs(writer, target, f64 if bits == 64 else IntegerType(bits))
     none = writer.add(llvm.ConstantOp(zeros(lanes), VectorType(i32, [lanes])))
 
     def row(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
@@ -79,7 +79,7 @@ def code_rows_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int
         def coded(at: SSAValue, sums: Sequence[SSAValue]) -> Sequence[SSAValue]:
             (found,) = writer.inline(codes, [writer.load(writer.at(source, at), values), divisor])
             out.codes(found, at)
-            return [writer.add(llvm.AddOp(sums[0], found))]
+            return [sums[0] if bits == 64 else writer.add(llvm.AddOp(sums[0], found))]
 
         (sums,) = writer.loop(begin, behind, lanes, [none], coded)
         out.block(index, factor, _sum(writer, sums))
@@ -92,16 +92,17 @@ def code_rows_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int
 class _Outputs:
     """Where codes, factors and sums go."""
 
-    def __init__(self, writer: Writer, addresses: SSAValue, code: IntegerType) -> None:
+    def __init__(self, writer: Writer, addresses: SSAValue, code: IntegerType | Float64Type) -> None:
         self.writer, self.code = writer, code
         places = [writer.at(addresses, writer.constant(place), POINTER) for place in range(3)]
         self._codes, self._factors, self._sums = (writer.load(place, POINTER) for place in places)
 
     def codes(self, found: SSAValue, offset: SSAValue) -> None:
-        """Codes (a vector of i32) for the values from `offset` on."""
+        """Codes (a vector of i32, or of f32 elements) for the values from `offset` on."""
         assert isinstance(found.type, VectorType)
-        narrow = self.writer.add(llvm.TruncOp(found, VectorType(self.code, found.type.get_shape())))
-        self.writer.store(narrow, self.writer.at(self._codes, offset, self.code), self.code.width.data // 8)
+        kind = VectorType(self.code, found.type.get_shape())
+        held = self.writer.add((llvm.FPExtOp if self.code == f64 else llvm.TruncOp)(found, kind))
+        self.writer.store(held, self.writer.at(self._codes, offset, self.code), self.code.size)
 
     def block(self, index: SSAValue, factor: SSAValue, total: SSAValue) -> None:
         self.writer.store(factor, self.writer.at(self._factors, index))
@@ -109,4 +110,7 @@ class _Outputs:
 
 
 def _sum(writer: Writer, codes: SSAValue) -> SSAValue:
+    """The sum of whole numbers; 0 for elements as they are, which nobody asks for theirs."""
+    if isinstance(codes.type, VectorType) and codes.type.element_type == f32:
+        return writer.constant(0, i32)
     return writer.intrinsic("llvm.vector.reduce.add", [codes], i32)

@@ -36,17 +36,18 @@ def input_codes(
     seed: int = 0,
 ) -> Codes | Coded:
     """`x` [..., K] rounded into a format, as codes for linear layers: by a native kernel where there is one."""
-    how = Rounding(scale_rule, rounding, clip, seed)
-    if switched_off() is None and is_plain(x):
-        prepared = _prepared(format, how, x.shape, x.dtype)
+    if is_plain(x) and switched_off() is None:
+        prepared = _prepared(format, scale_rule, rounding, clip, seed, x.shape, x.dtype)
         if isinstance(prepared, PreparedCodes):
             return prepared(x)
-    return contractions.coded(x, parse_type(format), how)
+    return contractions.coded(x, parse_type(format), Rounding(scale_rule, rounding, clip, seed))
 
 
 @lru_cache(maxsize=4096)
-def _prepared(format: str, how: Rounding, shape: Any, dtype: Any) -> PreparedCodes | str:
-    return prepare_codes(parse_type(format), how, tuple(shape), dtype)
+def _prepared(
+    format: str, scale_rule: str | None, rounding: str, clip: float | None, seed: int, shape: Any, dtype: Any
+) -> PreparedCodes | str:
+    return prepare_codes(parse_type(format), Rounding(scale_rule, rounding, clip, seed), tuple(shape), dtype)
 
 
 def input_bounds(fmt: Attribute) -> tuple[Bounds, int | None]:
@@ -92,7 +93,7 @@ class ExactLinear(nn.Module):
         self.register_buffer("bias", bias)
         self._coded = weight if self._packed is None else None
         self._over = weight.over
-        self._bounds, self._length = weight.bounds, weight.length
+        self._bounds, self._input_bounds = weight.bounds, bounds
 
     @property
     def datapath(self) -> str | None:
@@ -105,7 +106,7 @@ class ExactLinear(nn.Module):
             found = self._native(input)
             if found is not None:
                 return found
-        given = input if isinstance(input, Coded) else _as_definition(input, self.size)
+        given = input if isinstance(input, Coded) else _as_definition(input, self.size, self._input_bounds)
         weight = self.weight()
         if contractions.holds_every_sum(given, weight, self.accumulator):
             return contractions.linear_in_f32(given, weight, self.bias)
@@ -184,13 +185,12 @@ def _over(input: Codes | Coded, weight: Tensor | None) -> float | None:
     return over
 
 
-def _as_definition(input: Codes, size: int) -> Coded:
+def _as_definition(input: Codes, size: int, bounds: Bounds) -> Coded:
     """The codes of a kernel as the definition reads them."""
     import torch
 
     count = input.scales.shape[-1]
     length = input.codes.shape[-1] // count
     over = None if input.over == 1.0 else torch.tensor(input.over, dtype=torch.float32)
-    bounds = Bounds(float(1 << 15), 1.0)
     codes = input.codes[..., :size].to(torch.float64)
     return Coded(codes, input.scales, over, None if length >= size else length, size, bounds)
