@@ -12,7 +12,7 @@ from ...dialects.formats._scale import minifloat_of_scale
 from . import native
 from ._layout import LANES, Layout
 from ._team import team_size
-from ._whole_scales import mean_scales, range_scale
+from ._whole_scales import mean_scales, range_scale, whole_mean_scale
 from .block_function import (
     LARGEST,
     BlockFunction,
@@ -126,7 +126,7 @@ class Prepared:
             scale, zero = range_scale(source, numbers)
             return _I32.unpack(_F32.pack(zero))[0], scale
         if numbers.rule == "absmean":
-            return 0, mean_scales(source, layout).item()
+            return 0, whole_mean_scale(source, layout)
         return largest_bits(source, threads), 1.0
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from struct import pack, unpack
 from typing import TYPE_CHECKING
 
+from xdsl.dialects.builtin import f32
+
 from ...dialects.formats import Rounding
+from ...dialects.formats._element import Fixed
 from ...dialects.formats._scale import store_scale
 from ...dialects.formats._scaled import Scaling, _affine, _mean
 from ...dialects.formats._tiling import Tiling
-from .statistics import block_statistics, tensor_statistics
+from .block_function import LARGEST
+from .statistics import PIECE, block_statistics, tensor_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +27,43 @@ def range_scale(source: Tensor, numbers: BlockFunction) -> tuple[float, float]:
     import torch
 
     assert numbers.scale is not None
-    found = tensor_statistics(source)
-    extremes = torch.stack([found.minimum, found.maximum])
+    pieces = block_statistics(source.view(-1), PIECE)
+    low, high = pieces.minimum.amin().item(), pieces.maximum.amax().item()
+    if numbers.scale == f32 and low == low and high == high:
+        return _range_scale(low, high, numbers)
+    extremes = torch.tensor([low, high], dtype=torch.float32, device="cpu")
     scaling = Scaling(Tiling((2,), (2,)), numbers.element, numbers.scale, two_levels=False, zero_points=True)
     scales = _affine(scaling.tiling.split(extremes), scaling, Rounding(clip=numbers.clip))
     assert scales.zeros is not None
     return scales.stored.item(), float(scales.zeros.item())
+
+
+def _range_scale(low: float, high: float, numbers: BlockFunction) -> tuple[float, float]:
+    """The same for an f32 scale in Python's floats, which are f64 as the definition's are, and take less time."""
+    element, clip = numbers.element, 1.0 if numbers.clip is None else numbers.clip
+    assert isinstance(element, Fixed)
+    low, high = min(max(low, -LARGEST), 0.0) * clip, max(min(high, LARGEST), 0.0) * clip
+    scale = _stored((high - low) / (element.top_code - element.bottom_code))
+    zero = min(max(round(element.bottom_code - low / scale), element.bottom_code), element.top_code)
+    return scale, float(zero) if high != low else 0.0
+
+
+def _stored(quotient: float) -> float:
+    """An f64 that is not negative as an f32 scale: never 0 and never infinite; 1 for a block of zeros."""
+    nearest = unpack("<f", pack("<f", min(quotient, LARGEST)))[0]
+    return max(nearest, 2.0**-149) if quotient else 1.0
+
+
+def whole_mean_scale(source: Tensor, layout: Layout) -> float:
+    """The scale of a tensor that is one block, its mean magnitude."""
+    length = layout.size + layout.padding
+    total = block_statistics(source.view(-1), PIECE).sum_of_magnitudes.sum().item()
+    if layout.function.scale == f32 and layout.own and total == total:
+        doubt = 2.5 * (length + 2) * 2.0**-53
+        low, high = (_stored(total * (1 + sign * doubt) / layout.own) for sign in (-1, 1))
+        if low == high:
+            return low
+    return mean_scales(source, layout).item()
 
 
 def mean_scales(source: Tensor, layout: Layout) -> Tensor:

@@ -13,6 +13,9 @@ from .statistics_kernel import LANES, statistics_kernel
 if TYPE_CHECKING:
     from torch import Tensor
 
+PIECE = 1 << 14
+"""Values that a thread takes at a time where a tensor is one block."""
+
 
 class Statistics(NamedTuple):
     """One number per block: [..., blocks of the last dimension].
@@ -56,7 +59,7 @@ def tensor_statistics(x: Tensor) -> Statistics:
     """
     import torch
 
-    pieces = block_statistics(x.reshape(-1), 1 << 14)
+    pieces = block_statistics(x.reshape(-1), PIECE)
     joined = [pieces.minimum.amin(), pieces.maximum.amax(), pieces.largest.amax(), *(part.sum() for part in pieces[3:])]
     return Statistics(*(part.to(torch.float64) if i > 2 else part for i, part in enumerate(joined)))
 
