@@ -1,7 +1,7 @@
 """Kernels against torch's copy_, textbook code and torchao, on the machine at hand (run: kernels_table.py [MARKDOWN]).
 
 One process, one thread, all contestants of a row in turn, medians of CPU time; then two threads against one. With a
-file name the page is written there (docs/performance.md).
+file name the page is written there (docs/performance.md); sections under headings of their own stay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from pathlib import Path
 import torch
 
 import mxloom
+from mxloom.backends.kernels._error_definition import errors_by_torch
+from mxloom.backends.kernels._layout import block_numbers
+from mxloom.backends.kernels.clip_errors import candidate_errors, stored_scales
+from mxloom.backends.kernels.codes import prepare_codes
+from mxloom.backends.kernels.error_function import Candidates
+from mxloom.backends.kernels.fake_quantization import prepare
 from mxloom.backends.kernels.measurement import LARGE, SMALL, Measured, copy_bandwidth, measure
+from mxloom.backends.kernels.statistics import block_statistics, by_torch
+from mxloom.dialects import formats
+from mxloom.dialects.formats import BlockType, Rounding, encode_tensor
+from mxloom.dialects.instances import format_of
 
 TEXTBOOK = {"mxfp4": (2, 1, 6.0), "mxfp6_e2m3": (2, 3, 7.5), "mxfp8_e4m3": (4, 3, 448.0), "mxfp8_e5m2": (5, 2, 57344.0)}
 """Exponent bits, mantissa bits, largest value of the element."""
@@ -43,13 +53,21 @@ first tensor, with nothing kept, and with the kernel on disk.
 
 {threads}
 
+Other kernels on f32 of the given shape, in memory of their own; *x definition*: than the same bits from torch's
+operations (`encode_tensor` for codes, which it also packs into the format's own; a loop over values for statistics and
+errors). *of copy* is none for errors: they are given in nanoseconds for each value and candidate.
+
+{others}
+
 The kernel is timed alone; `mxloom.fake_quantize` takes {call:.0f} microseconds around it, to look its arguments up.
 
 What limits it: from memory, the bandwidth that `copy_` reaches too ({memory:.1f} GB/s here, read and written;
-{cache:.1f} GB/s in cache). In cache, instructions: about 16 vector instructions for each register of values against
-two of a copy, so a processor with 512-bit registers comes nearer. NVFP4 divides every element, by its definition, and
-reads the tensor once more for the tensor's scale. A first use is xDSL's construction and printing of the code (two
-thirds) and LLVM's code generation.
+{cache:.1f} GB/s in cache). In cache, instructions: 13 for each register of values that is rounded and 5 to 11 to
+measure it, against two of a copy. Divisions are not what limits NVFP4: quotients by multiplication and two fused
+corrections, which are as exact, were no faster; it reads the tensor once more for the tensor's scale. Stores past the
+caches, which xDSL cannot write, made MX formats 12 % faster from memory in a trial. A first use is half LLVM's code
+generation, half xDSL's construction and printing of the code; measuring eight blocks at once made NVFP4 30 % faster in
+cache, for 15 ms of it.
 """
 
 
@@ -63,12 +81,15 @@ def main() -> None:
         torchao=version("torchao"),
         table=table,
         threads=_threads(),
+        others=_others(),
         call=_call(),
         memory=copy_bandwidth(LARGE) / 1e9,
         cache=copy_bandwidth(SMALL) / 1e9,
     )
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(page, encoding="utf-8")
+        file = Path(sys.argv[1])
+        _, heading, kept = file.read_text(encoding="utf-8").partition("\n## ") if file.exists() else ("", "", "")
+        file.write_text(page + heading + kept, encoding="utf-8")
     print(page)
 
 
@@ -145,6 +166,75 @@ def _threads() -> str:
     return (
         "Two threads against one (wall time): " + ", ".join(f"{name} {gain:.2f}x" for name, gain in gains.items()) + "."
     )
+
+
+def _others() -> str:
+    """Codes, statistics, errors of candidates, stochastic rounding and mixed blocks against their definitions."""
+    torch.set_num_threads(1)
+    heads = "| kernel | shape | of copy | ns a value | x definition |\n|---|---|---:|---:|---:|"
+    x, half = torch.randn(LARGE), torch.randn(1024, 1024)
+    out = torch.empty_like(x)
+    copy = statistics.median(_cpu_time(lambda: out.copy_(x)) for _ in range(5))
+    lines = [heads]
+    for name in ("mxfp4", "mxint8", "nvfp4", "int8_channel"):
+        fmt = format_of(name, rank=2)
+        lines.append(_line(f"codes of {name}", x, copy, _coder(name, x), lambda fmt=fmt: encode_tensor(x, fmt)))
+    for size in (32, 4096):
+        split = x.view(-1, size)
+        ours, theirs = lambda size=size: block_statistics(x, size), lambda split=split: by_torch(split)
+        lines.append(_line(f"statistics of blocks of {size}", x, copy, ours, theirs))
+    mixed = format_of("!mx.mixed<!mx.block<16xf4E2M1FN, f8E4M3FN, f32>, f8E4M3FN>", rank=2)
+    for text, fmt, how in (
+        ("mxfp4, stochastic", format_of("mxfp4", rank=2), Rounding(rounding="stochastic")),
+        ("nvfp4 or f8E4M3FN by a threshold", mixed, Rounding(threshold=0.02)),
+    ):
+        kernel = prepare(fmt, how, LARGE, torch.float32)
+        assert not isinstance(kernel, str)
+        ours, theirs = lambda kernel=kernel: kernel(x, None), lambda fmt=fmt, how=how: formats.quantize(x, fmt, how)
+        lines.append(_line(text, x, copy, ours, theirs))
+    searches: list[tuple[str, torch.Tensor, Candidates]] = [
+        ("nvfp4", stored_scales(_blocks("nvfp4")), "scales"),
+        ("mxfp4", torch.exp2(torch.arange(-2.0, 3.0)), "multiples"),
+        ("int8_channel", torch.linspace(0.3, 1.0, 20), "clips"),
+        ("int4_g128_affine", torch.linspace(0.3, 1.0, 20), "clips"),
+    ]
+    lines += [_search(name, half, candidates, kind) for name, candidates, kind in searches]
+    return "\n".join(lines)
+
+
+def _line(name: str, x: torch.Tensor, copy: float, ours: Callable[[], object], definition: Callable[[], object]) -> str:
+    ours()
+    found = statistics.median(_cpu_time(ours) for _ in range(5))
+    expected = min(_cpu_time(definition) for _ in range(2))
+    figures = f"{copy / found:.2f} | {1e9 * found / x.numel():.2f} | {expected / found:.0f}"
+    return f"| {name} | {' x '.join(map(str, x.shape))} | {figures} |"
+
+
+def _coder(name: str, x: torch.Tensor) -> Callable[[], object]:
+    """Codes of a format, into memory that is at hand."""
+    kernel = prepare_codes(format_of(name, rank=2), Rounding(), tuple(x.shape), torch.float32)
+    assert not isinstance(kernel, str)
+    codes, scales, sums, *_ = kernel(x)
+    return lambda: kernel(x, codes, scales, sums)
+
+
+def _search(name: str, x: torch.Tensor, candidates: torch.Tensor, kind: Candidates) -> str:
+    """The errors of all candidates; the definition is timed on two of them."""
+    fmt, count = _blocks(name), candidates.numel()
+    candidate_errors(x, fmt, candidates, kind)
+    ours = statistics.median(_cpu_time(lambda: candidate_errors(x, fmt, candidates, kind)) for _ in range(5)) / count
+    numbers = block_numbers(fmt, Rounding())
+    assert not isinstance(numbers, str)
+    rows, two = fmt.tiling(x.shape).stream(x).view(-1, fmt.tiling(x.shape).block[-1]), candidates[:2].double()
+    theirs = _cpu_time(lambda: errors_by_torch(rows, numbers, two, kind, None, 1.0)) / 2
+    shape = " x ".join(map(str, x.shape))
+    return f"| {count} {kind} of {name} | {shape} | | {1e9 * ours / x.numel():.2f} | {theirs / ours:.0f} |"
+
+
+def _blocks(name: str) -> BlockType:
+    found = format_of(name, rank=2)
+    assert isinstance(found, BlockType)
+    return found
 
 
 def _call() -> float:

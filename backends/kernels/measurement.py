@@ -19,6 +19,7 @@ from ...dialects import formats
 from ...dialects.formats import Rounding
 from ...dialects.instances import format_of
 from . import _prepared
+from . import statistics as statistics_of_blocks
 from ._prepared import Prepared
 from .fake_quantization import prepare
 
@@ -115,7 +116,9 @@ def _forget() -> None:
         _prepared._pieces_kernel,
         _prepared._groups_kernel,
         _prepared._rows_kernel,
+        _prepared._given_rows_kernel,
         _prepared._largest_kernel,
+        statistics_of_blocks._kernel,
     ):
         function.cache_clear()
 
