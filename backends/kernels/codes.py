@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -16,7 +17,7 @@ from ._prepared import largest_bits, tensor_scale
 from ._team import team_size
 from .block_function import BlockFunction, magnitudes
 from .code_function import code_bits, code_function, code_scale_function, why_no_codes
-from .codes_kernel import code_groups_kernel, code_rows_kernel
+from .codes_kernel import Factors, code_groups_kernel, code_rows_kernel
 from .lowering import GROUP
 
 if TYPE_CHECKING:
@@ -73,16 +74,18 @@ class CodeLayout:
 class PreparedCodes:
     """Turns tensors of one shape and dtype (f32, bf16, f16) into codes by a native kernel."""
 
-    def __init__(self, layout: CodeLayout, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, layout: CodeLayout, shape: tuple[int, ...], dtype: Any, factors: Factors = ()) -> None:
         import torch
 
-        self.layout, self.shape = layout, shape
+        self.layout, self.shape, self.factors = layout, shape, factors
         leading = shape[:-1]
         self.codes_shape = (*leading, layout.blocks * layout.size)
         self.blocks_shape = (*leading, layout.blocks)
         self.code_dtype = {8: torch.int8, 16: torch.int16, 64: torch.float64}[code_bits(layout.function)]
-        make = _groups_kernel if layout.in_registers else _given_kernel if layout.whole else _rows_kernel
-        self._kernel = make(layout.function)
+        if layout.in_registers:
+            self._kernel = _groups_kernel(layout.function, factors)
+        else:
+            self._kernel = _rows_kernel(layout.function, layout.whole, factors)
         self._in_place = layout.tiling is None and not layout.padding and dtype == torch.float32
 
     def __call__(
@@ -91,8 +94,12 @@ class PreparedCodes:
         codes_out: Tensor | None = None,
         scales_out: Tensor | None = None,
         sums_out: Tensor | None = None,
+        multiplied: Sequence[Tensor] = (),
     ) -> Codes:
-        """The codes of `x`; what is given is written and returned: contiguous, of the shapes and dtypes of `Codes`."""
+        """The codes of `x`; what is given is written and returned: contiguous, of the shapes and dtypes of `Codes`.
+
+        `x` is multiplied first with the tensors in `multiplied` (f32, contiguous), which are what `factors` say.
+        """
         import torch
 
         layout = self.layout
@@ -104,7 +111,7 @@ class PreparedCodes:
         padded = codes
         if layout.padding:
             padded = torch.empty((rows, layout.size + layout.padding), dtype=self.code_dtype, device="cpu")
-        exact, over = self._run(source, padded, scales, sums)
+        exact, over = self._run(source, padded, scales, sums, multiplied)
         if layout.padding:
             codes.view(rows, layout.size).copy_(padded[:, : layout.size])
         return Codes(codes, scales, sums, exact, over)
@@ -120,30 +127,38 @@ class PreparedCodes:
             source = torch.nn.functional.pad(source.reshape(-1, layout.size), (0, layout.padding))
         return source
 
-    def _run(self, source: Tensor, codes: Tensor, scales: Tensor, sums: Tensor) -> tuple[bool, float]:
+    def _run(
+        self, source: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, multiplied: Sequence[Tensor]
+    ) -> tuple[bool, float]:
         layout = self.layout
         numbers, count = layout.function, layout.rows * layout.blocks
         threads = team_size(source.numel())
         over = tensor_scale(source, numbers, threads) if numbers.tensor_scale else 1.0
         given = largest_bits(source, threads) if layout.whole else 0
-        outputs = (ctypes.c_void_p * 3)(codes.data_ptr(), scales.data_ptr(), sums.data_ptr())
+        outputs = _Addresses(codes.data_ptr(), scales.data_ptr(), sums.data_ptr(), *(t.data_ptr() for t in multiplied))
         inexact = self._kernel(
             source.data_ptr(),
             ctypes.addressof(outputs),
             count,
             given=given,
             over=over,
-            length=layout.size + layout.padding,
+            length=layout.blocks if layout.in_registers else layout.size + layout.padding,
             threads=min(threads, count),
         )
         return not inexact, over
 
 
+_Addresses = ctypes.c_void_p * 6
+
+
 @lru_cache(maxsize=4096)
-def prepare_codes(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any) -> PreparedCodes | str:
+def prepare_codes(
+    fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: Any, factors: Factors = ()
+) -> PreparedCodes | str:
     """What turns CPU tensors of a shape and dtype into codes, or why there are none for this format.
 
-    Raises UsageError for options that mean nothing for the format, as rounding itself does.
+    `factors` is what the values are multiplied with before. Raises UsageError for options that mean nothing for the
+    format, as rounding itself does.
     """
     import torch
 
@@ -152,7 +167,20 @@ def prepare_codes(fmt: Attribute, how: Rounding, shape: tuple[int, ...], dtype: 
         return layout
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"no kernel for {dtype}"
-    return native.why_not() or PreparedCodes(layout, shape, dtype)
+    if factors and (reason := _why_no_factors(layout, dtype)):
+        return reason
+    return native.why_not() or PreparedCodes(layout, shape, dtype, factors)
+
+
+def _why_no_factors(layout: CodeLayout, dtype: Any) -> str | None:
+    """Why values are not multiplied on the way to their codes."""
+    import torch
+
+    if layout.tiling is not None or layout.padding or dtype != torch.float32:
+        return "the values are brought into another order first"
+    if layout.whole or layout.function.tensor_scale:
+        return "the scale of the tensor is found first"
+    return None if layout.in_registers or layout.blocks == 1 else "a row has several long blocks"
 
 
 def _layout(fmt: Attribute, how: Rounding, shape: tuple[int, ...]) -> CodeLayout | str:
@@ -197,24 +225,19 @@ def _memory(given: Tensor | None, shape: tuple[int, ...], dtype: Any) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _groups_kernel(numbers: BlockFunction) -> native.Kernel:
+def _groups_kernel(numbers: BlockFunction, factors: Factors) -> native.Kernel:
     def make() -> ModuleOp:
         scale, codes = code_scale_function(numbers, GROUP), code_function(numbers)
-        return code_groups_kernel(magnitudes(numbers.lanes), scale, codes, code_bits(numbers))
+        return code_groups_kernel(magnitudes(numbers.lanes), scale, codes, code_bits(numbers), factors)
 
-    return native.Kernel(f"code groups {numbers}", make)
-
-
-@lru_cache(maxsize=1024)
-def _rows_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"code rows {numbers}", lambda: _rows(numbers, given=False))
+    return native.Kernel(f"code groups {numbers} {factors}", make)
 
 
 @lru_cache(maxsize=1024)
-def _given_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"code rows given {numbers}", lambda: _rows(numbers, given=True))
+def _rows_kernel(numbers: BlockFunction, given: bool, factors: Factors) -> native.Kernel:
+    def make() -> ModuleOp:
+        scale, codes = code_scale_function(numbers, None), code_function(numbers)
+        bits = code_bits(numbers)
+        return code_rows_kernel(magnitudes(numbers.lanes), scale, codes, bits, given=given, factors=factors)
 
-
-def _rows(numbers: BlockFunction, *, given: bool) -> ModuleOp:
-    scale, codes = code_scale_function(numbers, None), code_function(numbers)
-    return code_rows_kernel(magnitudes(numbers.lanes), scale, codes, code_bits(numbers), given=given)
+    return native.Kernel(f"code rows {numbers} {given} {factors}", make)

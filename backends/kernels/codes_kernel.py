@@ -1,12 +1,14 @@
 """From `@code_scale` and `@codes` to native functions: f32 to codes, one factor and one sum for every block.
 
-Both kernels have the arguments of all kernels. Their target is the address of three addresses: of the codes, of the
-factors (f32) and of the sums (i32). They yield 1 where `@code_scale` says of a block that it may not be exact, else 0.
+Both kernels have the arguments of all kernels. Their target is the address of six addresses: of the codes, of the
+factors (f32) and of the sums (i32), and of what the values are multiplied with before they are rounded. They yield 1
+where `@code_scale` says of a block that it may not be exact, else 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from xdsl.dialects import llvm
 from xdsl.dialects.builtin import Float64Type, IntegerType, ModuleOp, VectorType, f32, f64, i32
@@ -15,39 +17,52 @@ from xdsl.ir import SSAValue
 
 from .lowering import GROUP, POINTER, Writer, finish, largest_of, start, vector_of, zeros
 
+Factors = tuple[Literal["row", "column", "value"], ...]
+"""What values are multiplied with, each product rounded to f32: a number for each row, for each column, for each
+value."""
 
-def code_groups_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int) -> ModuleOp:
-    """Blocks that registers hold, the scales of eight at a time; codes have `bits` bits."""
+
+def code_groups_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int, factors: Factors = ()) -> ModuleOp:
+    """Blocks that registers hold, the scales of eight at a time; codes have `bits` bits.
+
+    `length` is how many blocks a row has, read where `factors` ask for rows and columns.
+    """
     values = vector_of(codes)
     lanes = values.get_shape()[0]
-    writer, (source, target, first, end, _, over, _) = start()
+    writer, (source, target, first, end, _, over, length) = start()
     out = _Outputs(writer, target, f64 if bits == 64 else IntegerType(bits))
-    tops, factors, divisors = (writer.array(kind, GROUP) for kind in (i32, f32, f32))
+    given = _Inputs(writer, source, target, factors)
+    tops, scales, divisors = (writer.array(kind, GROUP) for kind in (i32, f32, f32))
+
+    def values_of(block: SSAValue) -> SSAValue:
+        offset = writer.add(llvm.MulOp(block, writer.constant(lanes)))
+        if not given.by_place:
+            return given.load(offset, values)
+        row = writer.add(llvm.UDivOp(block, length))
+        begin = writer.add(llvm.MulOp(writer.add(llvm.MulOp(row, length)), writer.constant(lanes)))
+        return given.load(offset, values, row, writer.add(llvm.SubOp(offset, begin)))
 
     def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
         left = writer.add(llvm.SubOp(end, index))
         count = writer.intrinsic("llvm.smin", [left, writer.constant(GROUP)], left.type)
 
         def measure(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            offset = writer.add(llvm.MulOp(writer.add(llvm.AddOp(index, place)), writer.constant(lanes)))
-            (own,) = writer.inline(magnitudes, [writer.load(writer.at(source, offset), values)])
+            (own,) = writer.inline(magnitudes, [values_of(writer.add(llvm.AddOp(index, place)))])
             writer.store(writer.intrinsic("llvm.vector.reduce.umax", [own], i32), writer.at(tops, place, i32))
             return []
 
         def coded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             block = writer.add(llvm.AddOp(index, place))
-            offset = writer.add(llvm.MulOp(block, writer.constant(lanes)))
-            loaded = writer.load(writer.at(source, offset), values)
             divisor = writer.spread(writer.load(writer.at(divisors, place), f32), lanes)
-            (found,) = writer.inline(codes, [loaded, divisor])
-            out.codes(found, offset)
-            out.block(block, writer.load(writer.at(factors, place), f32), _sum(writer, found))
+            (found,) = writer.inline(codes, [values_of(block), divisor])
+            out.codes(found, writer.add(llvm.MulOp(block, writer.constant(lanes))))
+            out.block(block, writer.load(writer.at(scales, place), f32), _sum(writer, found))
             return []
 
         writer.loop(writer.constant(0), count, 1, [], measure)
         largest = writer.load(tops, VectorType(i32, [GROUP]))
         factor, divisor, inexact = writer.inline(scale, [largest, over])
-        writer.store(factor, factors)
+        writer.store(factor, scales)
         writer.store(divisor, divisors)
         writer.loop(writer.constant(0), count, 1, [], coded)
         return [writer.add(llvm.OrOp(carried[0], inexact))]
@@ -58,7 +73,9 @@ def code_groups_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: i
     return finish(writer, writer.intrinsic("llvm.vector.reduce.umax", [inexact], i32))
 
 
-def code_rows_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int, *, given: bool) -> ModuleOp:
+def code_rows_kernel(
+    magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int, *, given: bool, factors: Factors = ()
+) -> ModuleOp:
     """Rows of `length` values, a multiple of the lanes, with one factor and one sum each.
 
     `given`: the scale is made from the bits of a largest magnitude that the caller has, not from the row's own.
@@ -67,17 +84,32 @@ def code_rows_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int
     lanes = values.get_shape()[0]
     writer, (source, target, first, end, known, over, length) = start()
     out = _Outputs(writer, target, f64 if bits == 64 else IntegerType(bits))
+    inputs = _Inputs(writer, source, target, factors)
     none = writer.add(llvm.ConstantOp(zeros(lanes), VectorType(i32, [lanes])))
 
     def row(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
         begin = writer.add(llvm.MulOp(index, length))
         behind = writer.add(llvm.AddOp(begin, length))
-        largest = known if given else largest_of(writer, magnitudes, source, begin, behind)
+
+        def values_at(at: SSAValue) -> SSAValue:
+            return inputs.load(at, values, index, writer.add(llvm.SubOp(at, begin)))
+
+        def measured(at: SSAValue, seen: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            (own,) = writer.inline(magnitudes, [values_at(at)])
+            return [writer.intrinsic("llvm.umax", [seen[0], own], own.type)]
+
+        if given:
+            largest = known
+        elif factors:
+            (seen,) = writer.loop(begin, behind, lanes, [none], measured)
+            largest = writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)
+        else:
+            largest = largest_of(writer, magnitudes, source, begin, behind)
         factor, divisor, inexact = writer.inline(scale, [largest, over])
         divisor = writer.spread(divisor, lanes)
 
         def coded(at: SSAValue, sums: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            (found,) = writer.inline(codes, [writer.load(writer.at(source, at), values), divisor])
+            (found,) = writer.inline(codes, [values_at(at), divisor])
             out.codes(found, at)
             return [sums[0] if bits == 64 else writer.add(llvm.AddOp(sums[0], found))]
 
@@ -87,6 +119,30 @@ def code_rows_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: int
 
     (inexact,) = writer.loop(first, end, 1, [writer.constant(0, i32)], row)
     return finish(writer, inexact)
+
+
+class _Inputs:
+    """The values to round: those of the source, multiplied with what `factors` say, in their order."""
+
+    def __init__(self, writer: Writer, source: SSAValue, addresses: SSAValue, factors: Factors) -> None:
+        self.writer, self.source, self.factors = writer, source, factors
+        places = [writer.at(addresses, writer.constant(place), POINTER) for place in range(3, 3 + len(factors))]
+        self._pointers = [writer.load(place, POINTER) for place in places]
+        self.by_place = bool({"row", "column"} & set(factors))
+
+    def load(
+        self, offset: SSAValue, kind: VectorType, row: SSAValue | None = None, column: SSAValue | None = None
+    ) -> SSAValue:
+        """As many values as `kind` has lanes, from `offset` on; they stand in `row`, from `column` on."""
+        w = self.writer
+        value = w.load(w.at(self.source, offset), kind)
+        for factor, pointer in zip(self.factors, self._pointers, strict=True):
+            place = {"row": row, "column": column, "value": offset}[factor]
+            assert place is not None
+            address = w.at(pointer, place)
+            other = w.spread(w.load(address, f32), kind.get_shape()[0]) if factor == "row" else w.load(address, kind)
+            value = w.add(llvm.FMulOp(value, other))
+        return value
 
 
 class _Outputs:

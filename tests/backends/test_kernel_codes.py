@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Literal
 
 import pytest
 import torch
@@ -136,3 +137,37 @@ def test_two_threads_code_as_one() -> None:
 )
 def test_what_has_no_codes_says_why(format: str, shape: tuple[int, ...], reason: str) -> None:
     assert prepare_codes(format_of(format, rank=2), Rounding(), shape, torch.float32) == reason
+
+
+@pytest.mark.parametrize("factors", [("row",), ("row", "column"), ("value",), ("column", "value", "row")])
+@pytest.mark.parametrize("format", ["mxfp4", "int8_channel", "mxfp8_e4m3", "!mx.block<96xi8>", "fixed<8,6>"])
+def test_values_are_multiplied_on_the_way_to_their_codes(
+    format: str, factors: tuple[Literal["row", "column", "value"], ...], kinds_of_data: dict[str, torch.Tensor]
+) -> None:
+    """Each product is rounded to f32, as torch's operators round it."""
+    generator = torch.Generator().manual_seed(5)
+    others = {"row": torch.randn(64, 1, generator=generator), "column": torch.randn(96, generator=generator)}
+    others["value"] = torch.randn(64, 96, generator=generator)
+    for x in kinds_of_data.values():
+        product = x.clone()
+        for factor in factors:
+            product = product * others[factor]
+        fmt = format_of(format, rank=2)
+        fused = prepare_codes(fmt, Rounding(), (64, 96), torch.float32, factors)
+        assert isinstance(fused, PreparedCodes), fused
+        found = fused(x, multiplied=[others[factor] for factor in factors])
+        expected = prepared(format, Rounding(), product)(product)
+        for a, b in zip(found[:3], expected[:3], strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("format", "reason"),
+    [
+        ("nvfp4", "the scale of the tensor is found first"),
+        ("!mx.block<17xi5, f32>", "the values are brought into another order first"),
+        ("!mx.block<96xi8>", "a row has several long blocks"),
+    ],
+)
+def test_values_that_are_not_multiplied_on_the_way_say_why(format: str, reason: str) -> None:
+    assert prepare_codes(format_of(format, rank=2), Rounding(), (2, 192), torch.float32, ("row",)) == reason
