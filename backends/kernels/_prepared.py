@@ -24,7 +24,8 @@ from .block_function import (
     measure_function,
     scale_function,
 )
-from .lowering import GROUP, Bound, given_rows_kernel, groups_kernel, largest_kernel, pieces_kernel, rows_kernel
+from .group_kernel import groups_kernel
+from .lowering import GROUP, Bound, given_rows_kernel, largest_kernel, pieces_kernel, rows_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from xdsl.dialects.func import FuncOp
 
 INFINITY_BITS = 0x7F800000
+
+
+SHORT_ROW = 512
+"""Rows up to so many values have their scales computed eight at a time: what is read twice stays in the first cache."""
 
 
 class Prepared:
@@ -42,9 +47,8 @@ class Prepared:
 
         self.layout, self.dtype = layout, dtype
         self.in_place = layout.tiling is None and dtype == torch.float32
-        makers = {"blocks": _groups_kernel, "rows": _rows_kernel, "means": _given_rows_kernel}
-        self._kernel = makers.get(layout.kind, _pieces_kernel)(layout.function)
         self._length = layout.size + layout.padding
+        self._kernel = _kernel(kernel_kind(layout), layout.function)
 
     def __call__(self, x: Tensor, out: Tensor | None) -> Tensor:
         """`x` rounded, into `out` where it is given; `out` may be `x`."""
@@ -189,29 +193,30 @@ def _pieces(
 
 
 @lru_cache(maxsize=1024)
-def _pieces_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"pieces {numbers}", lambda: pieces_kernel(block_function(numbers)))
+def _kernel(kind: str, numbers: BlockFunction) -> native.Kernel:
+    return native.Kernel(f"{kind} {numbers}", lambda: kernel_module(kind, numbers))
 
 
-@lru_cache(maxsize=1024)
-def _groups_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"groups {numbers}", lambda: _groups(numbers))
+def kernel_kind(layout: Layout) -> str:
+    """Which of the kernels of `kernel_module` rounds a layout."""
+    short = layout.kind == "rows" and layout.size + layout.padding <= SHORT_ROW
+    return "short rows" if short else layout.kind if layout.kind in ("blocks", "rows", "means") else "pieces"
 
 
-@lru_cache(maxsize=1024)
-def _rows_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"rows {numbers}", lambda: rows_kernel(*_parts(numbers, None)))
-
-
-@lru_cache(maxsize=1024)
-def _given_rows_kernel(numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"given rows {numbers}", lambda: given_rows_kernel(block_function(numbers)))
-
-
-def _groups(numbers: BlockFunction) -> ModuleOp:
-    short = numbers.lanes in (8, 16)
-    together = 8 if short and numbers.tensor_scale else 4 if short else 1
-    return groups_kernel(*_parts(numbers, GROUP), together=together)
+def kernel_module(kind: str, numbers: BlockFunction) -> ModuleOp:
+    """The code of a kernel, in the llvm dialect."""
+    match kind:
+        case "blocks":
+            short = numbers.lanes in (8, 16)
+            together = 8 if short and numbers.tensor_scale else 4 if short else 1
+            return groups_kernel(*_parts(numbers, GROUP), together=together)
+        case "short rows":
+            return groups_kernel(*_parts(numbers, GROUP), rows=True)
+        case "rows":
+            return rows_kernel(*_parts(numbers, None))
+        case "means":
+            return given_rows_kernel(block_function(numbers))
+    return pieces_kernel(block_function(numbers))
 
 
 def _parts(numbers: BlockFunction, blocks: int | None) -> tuple[FuncOp, tuple[str, ...], FuncOp, FuncOp, Bound]:

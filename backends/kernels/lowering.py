@@ -48,6 +48,9 @@ _INTRINSICS: dict[type[Operation], str] = {
 
 POINTER = llvm.LLVMPointerType()
 
+GROUP = 8
+"""Blocks whose scales are computed at once."""
+
 
 class Writer:
     """Appends llvm operations to the end of the block it stands in."""
@@ -223,15 +226,11 @@ def pieces_kernel(function: FuncOp) -> ModuleOp:
 
     def body(index: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
         offset = writer.add(llvm.MulOp(index, writer.constant(lanes)))
-        _apply(writer, function, source, target, offset, [given, over])
+        apply(writer, function, source, target, offset, [given, over])
         return []
 
     writer.loop(first, end, 1, [], body)
     return finish(writer, writer.constant(0, i32))
-
-
-GROUP = 8
-"""Blocks whose scales are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -256,97 +255,10 @@ class Bound:
         writer.loop(first, writer.add(llvm.SelectOp(beyond, end, first)), values.get_shape()[0], [], bounded)
 
 
-def groups_kernel(
-    measure: FuncOp,
-    reductions: Sequence[str],
-    scale: FuncOp,
-    elements: FuncOp,
-    bound: Bound | None = None,
-    together: int = 1,
-) -> ModuleOp:
-    """The same arguments, for blocks: the scales of eight at a time, then their elements.
-
-    It yields the bits of the largest scale. `together` blocks (1, 4 or 8) are measured at once: the more, the faster
-    where blocks are short, and the longer it takes to compile.
-    """
-    values = vector_of(elements)
-    lanes = values.get_shape()[0]
-    writer, (source, target, first, end, _, over, _) = start()
-
-    # Loops over the blocks of a group, not eight copies of their code: that would take ten times as long to compile.
-    tops = [writer.array(i32, GROUP) for _ in reductions]
-    factors = [writer.array(f32, GROUP) for _ in scale.function_type.outputs]
-
-    def measure_group(index: SSAValue) -> SSAValue:
-        """Measure the blocks from `index` on, where there are any; how many."""
-        begin = writer.add(llvm.MulOp(index, writer.constant(lanes)))
-        left = writer.add(llvm.SubOp(end, index))
-        count = writer.intrinsic("llvm.smin", [left, writer.constant(GROUP)], i64)
-
-        def measured(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
-            own = writer.inline(measure, [writer.load(writer.at(source, offset), values)])
-            for part, reduction, top in zip(own, reductions, tops, strict=True):
-                reduced = writer.intrinsic(f"llvm.vector.reduce.{reduction}", [part], i32)
-                writer.store(reduced, writer.at(top, place, i32))
-            return []
-
-        def measured_at_once(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
-            places = [writer.add(llvm.AddOp(offset, writer.constant(block * lanes))) for block in range(together)]
-            loaded = [writer.load(writer.at(source, place), values) for place in places]
-            own = zip(*(writer.inline(measure, [one]) for one in loaded), strict=True)
-            for parts, reduction, top in zip(own, reductions, tops, strict=True):
-                writer.store(writer.reduced_blocks(parts, reduction), writer.at(top, place, i32))
-            return []
-
-        if together == 1:
-            writer.loop(writer.constant(0), count, 1, [], measured)
-            return count
-        full = writer.add(llvm.ICmpOp(count, writer.constant(GROUP), IntegerAttr(0, 64)))
-        nothing = writer.constant(0)
-        writer.loop(nothing, writer.add(llvm.SelectOp(full, count, nothing)), together, [], measured_at_once)
-        writer.loop(nothing, writer.add(llvm.SelectOp(full, nothing, count)), 1, [], measured)
-        return count
-
-    def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
-        count, following, seen = carried
-        begin = writer.add(llvm.MulOp(index, writer.constant(lanes)))
-        # While one group is rounded, the scales of the next are computed and the one behind it is measured: scales take
-        # long, and a vector read right behind the writes of its lanes waits until they have reached the cache.
-        found = [writer.load(top, VectorType(i32, [GROUP])) for top in tops]
-        computed = writer.inline(scale, [*found, over])
-        last = measure_group(writer.add(llvm.AddOp(index, writer.constant(2 * GROUP))))
-
-        def rounded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            offset = writer.add(llvm.AddOp(begin, writer.add(llvm.MulOp(place, writer.constant(lanes)))))
-            own = [writer.spread(writer.load(writer.at(factor, place), f32), lanes) for factor in factors]
-            _apply(writer, elements, source, target, offset, own)
-            return []
-
-        writer.loop(writer.constant(0), count, 1, [], rounded)
-        for one, place in zip(computed, factors, strict=True):
-            writer.store(one, place)
-        own = writer.add(llvm.BitcastOp(computed[0], seen.type))
-        return [following, last, writer.intrinsic("llvm.umax", [seen, own], seen.type)]
-
-    none = writer.add(llvm.ConstantOp(zeros(GROUP), VectorType(i32, [GROUP])))
-    for top in tops:  # a last group may be short: what it leaves as it was has been counted already
-        writer.store(none, top)
-    before = writer.add(llvm.SubOp(first, writer.constant(GROUP)))  # where nothing is rounded
-    carried = [writer.constant(0), measure_group(first), none]
-    _, _, seen = writer.loop(before, end, GROUP, carried, group)
-    largest = writer.intrinsic("llvm.vector.reduce.umax", [seen], i32)
-    if bound is not None:
-        begin, behind = (writer.add(llvm.MulOp(index, writer.constant(lanes))) for index in (first, end))
-        bound.apply(writer, target, begin, behind, largest)
-    return finish(writer, largest)
-
-
 def rows_kernel(
     measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp, bound: Bound | None = None
 ) -> ModuleOp:
-    """The same arguments: each row of `length` values is one block, read to be measured, then rounded.
+    """The arguments of all kernels: each row of `length` values is one block, read to be measured, then rounded.
 
     `length` is a multiple of the lanes of all functions. It yields the bits of the largest scale.
     """
@@ -361,7 +273,7 @@ def rows_kernel(
         factors = [writer.spread(one, lanes) for one in computed]
 
         def rounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            _apply(writer, elements, source, target, at, factors)
+            apply(writer, elements, source, target, at, factors)
             return []
 
         writer.loop(begin, behind, lanes, [], rounded)
@@ -388,7 +300,7 @@ def given_rows_kernel(function: FuncOp) -> ModuleOp:
         scale = writer.load(writer.at(scales, index), f32)
 
         def rounded(at: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
-            _apply(writer, function, source, target, at, [given, scale])
+            apply(writer, function, source, target, at, [given, scale])
             return []
 
         writer.loop(begin, writer.add(llvm.AddOp(begin, length)), lanes, [], rounded)
@@ -398,7 +310,7 @@ def given_rows_kernel(function: FuncOp) -> ModuleOp:
     return finish(writer, writer.constant(0, i32))
 
 
-def _apply(
+def apply(
     writer: Writer,
     function: FuncOp,
     source: SSAValue,

@@ -113,10 +113,7 @@ def _first_uses(name: str) -> tuple[float, float]:
 def _forget() -> None:
     for function in (
         prepare,
-        _prepared._pieces_kernel,
-        _prepared._groups_kernel,
-        _prepared._rows_kernel,
-        _prepared._given_rows_kernel,
+        _prepared._kernel,
         _prepared._largest_kernel,
         statistics_of_blocks._kernel,
     ):

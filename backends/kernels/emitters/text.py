@@ -7,8 +7,8 @@ from ....dialects.formats import Rounding
 from ....dialects.instances import format_of
 from .. import native
 from .._layout import Layout, layout_of
-from ..block_function import block_function, element_function, measure_function, scale_function
-from ..lowering import GROUP, given_rows_kernel, groups_kernel, pieces_kernel, rows_kernel
+from .._prepared import kernel_kind, kernel_module
+from ..block_function import block_function
 from .parts import parts, refuse
 from .torch_source import torch_source
 from .triton_source import triton_source
@@ -38,18 +38,7 @@ def _mlir(layout: Layout) -> str:
 
 
 def _llvm(layout: Layout) -> str:
-    numbers = layout.function
-    measure, reductions = measure_function(numbers), numbers.reductions
-    match layout.kind:
-        case "blocks":
-            made = groups_kernel(measure, reductions, scale_function(numbers, GROUP), element_function(numbers))
-        case "rows":
-            made = rows_kernel(measure, reductions, scale_function(numbers, None), element_function(numbers))
-        case "means":
-            made = given_rows_kernel(block_function(numbers))
-        case _:
-            made = pieces_kernel(block_function(numbers))
-    return native.llvm_text(made)
+    return native.llvm_text(kernel_module(kernel_kind(layout), layout.function))
 
 
 def _torch(layout: Layout) -> str:
