@@ -12,24 +12,22 @@ from xdsl.ir import Attribute, Block, SSAValue
 from xdsl.utils.target import Target
 
 from ..dialects import formats
-from ..dialects.errors import MxloomError
 from ..dialects.instances import name_of
 from ..dialects.names import attribute, identifier, unique
-from ..dialects.operations._operation import AsCodes, Call, Operation
+from ..dialects.operations._operation import Call, Operation
 from ..dialects.operations._shapes import element_of, shape_of
 from ..dialects.operations._values import path_of, torch_dtype
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import LinearOp
 from ..dialects.operations.parameter import ParameterOp
 from ..dialects.torch_operators import operator, quantize_call
+from ._exact_nodes import ExactNodes
 from .kernels import fake_quantization
 from .reference import Weights, body, constants
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.fx import Graph, GraphModule, Node
-
-    from ..dialects.contractions import Coded
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class _Emitter:
         self.graph: Graph = Graph()
         self.nodes: dict[SSAValue, Node] = {}
         self.held: dict[tuple[SSAValue, Any], Node] = {}
-        self.codes: dict[SSAValue, Node] = {}
+        self.exact = ExactNodes(self.graph, self.buffers, constants)
 
     def graph_of(self) -> Graph:
         from torch.fx.graph import _Namespace
@@ -87,14 +85,20 @@ class _Emitter:
         for op in self.block.ops:
             if isinstance(op, ReturnOp):
                 self.graph.output(tuple(self._node(value) for value in op.operands))
-            elif isinstance(op, Operation) and not _is_constant(op.results[0]) and not _is_read_as_codes(op):
+            elif isinstance(op, Operation) and not self._has_no_node(op):
                 self._emit(op)
         self.graph.lint()
         return self.graph
 
+    def _has_no_node(self, op: Operation) -> bool:
+        return _is_constant(op.results[0]) or self.exact.is_absorbed(op)
+
     def _emit(self, op: Operation) -> None:
         call = op.call()
-        found = self._exact_linear(op) if isinstance(op, LinearOp) and op.acc is not None else self._call(call)
+        if isinstance(op, LinearOp) and op.acc is not None:
+            found = self.exact.node(op, tuple(self._operand(value, call.dtype) for value in self.exact.inputs(op)))
+        else:
+            found = self._call(call)
         results = (
             [found] if len(op.results) == 1 and not _returns_several(call) else self._parts(found, len(op.results))
         )
@@ -106,37 +110,6 @@ class _Emitter:
         return self.graph.call_function(
             call.target, self._fill(call.args, call.dtype), self._fill(call.kwargs, call.dtype)
         )
-
-    def _exact_linear(self, op: LinearOp) -> Node:
-        """A linear layer with an accumulator: its input as codes, which layers may share, and packed weights."""
-        from .kernels.contraction.exact_linear import ExactLinear
-
-        assert op.acc is not None
-        weight: Coded | None = self.constants.get(AsCodes(op.weight, op.transposed is not None))
-        if weight is None and op.weight in self.constants:  # only the code of the graph is wanted
-            place = self.buffers.hold_module(path_of(op.result) or op.name, _nothing())
-            return self.graph.create_node("call_module", place, (self._codes(op.input),))
-        if weight is None or (op.bias is not None and op.bias not in self.constants):
-            raise MxloomError(
-                f'"{path_of(op.result)}": a linear layer with an accumulator needs weights and a bias that follow from '
-                "parameters by a cast alone; leave the accumulator out here"
-            )
-        bias = None if op.bias is None else self.constants[op.bias]
-        layer = ExactLinear(weight, bias, op.acc, element_of(op.input))
-        place = self.buffers.hold_module(path_of(op.result) or op.name, layer)
-        return self.graph.create_node("call_module", place, (self._codes(op.input),))
-
-    def _codes(self, value: SSAValue) -> Node:
-        """The node of a value's codes, made when it is first read."""
-        from .kernels.contraction.exact_linear import input_codes
-
-        if value not in self.codes:
-            owner = value.owner
-            cast = owner if isinstance(owner, CastOp) else None
-            source, how = (value, formats.Rounding()) if cast is None else (cast.input, cast.how())
-            args = (self._node(source), str(element_of(value)), how.scale_rule, how.rounding, how.clip, how.seed)
-            self.codes[value] = self.graph.call_function(input_codes, args)
-        return self.codes[value]
 
     def _parts(self, node: Node, count: int) -> list[Node]:
         import operator as python
@@ -189,14 +162,6 @@ class _Emitter:
             path = self.buffers.hold(_source(value), suffix, tensor.to(dtype) if dtype else tensor)
             self.held[value, dtype] = self.graph.create_node("get_attr", path)
         return self.held[value, dtype]
-
-
-def _is_read_as_codes(op: Operation) -> bool:
-    """Whether nobody reads the values of a cast, but its codes."""
-    readers = [use.operation for use in op.results[0].uses]
-    return (
-        isinstance(op, CastOp) and bool(readers) and all(isinstance(r, LinearOp) and r.acc is not None for r in readers)
-    )
 
 
 def _source(value: SSAValue) -> str:
@@ -276,12 +241,6 @@ def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
     if hasattr(module, name):
         raise KeyError(f"the emulation holds something named {name!r} already")
     module.register_buffer(name, tensor)
-
-
-def _nothing() -> nn.Module:
-    from torch import nn
-
-    return nn.Module()
 
 
 def _unknown(value: SSAValue) -> Tensor:

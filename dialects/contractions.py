@@ -263,14 +263,15 @@ def linear_in_f32(input: Coded, weight: Coded, bias: Tensor | None) -> Tensor:
     """The same product by torch's f32 operator: right where `holds_every_sum` says so."""
     import torch
 
-    x, w = (_values(each) for each in (input, weight))
+    x, w = (values_of(each) for each in (input, weight))
     found = torch.nn.functional.linear(x, w)
     if input.over is not None or weight.over is not None:
         found = found * _over(input, weight)
     return found if bias is None else found + bias.to(torch.float32)
 
 
-def _values(x: Coded) -> Tensor:
+def values_of(x: Coded) -> Tensor:
+    """Codes times factors, in f32, the factor of the tensor left out."""
     import torch
 
     factors = x.factors if x.length is None else _over_segments(x.factors, x.length, x.size)

@@ -52,7 +52,7 @@ class Summation:
 
 def conversions(emulation: GraphModule) -> tuple[Conversion, ...]:
     """Every format that an emulation rounds inputs and intermediate values into; f32 values on a CPU are assumed."""
-    found = Counter(rounded for node in emulation.graph.nodes if (rounded := _rounding(node)) is not None)
+    found = Counter(rounded for node in emulation.graph.nodes if (rounded := _rounding(node, emulation)) is not None)
     return tuple(
         Conversion(format, how, count, _why_not(format, how, as_codes), as_codes)
         for (format, how, as_codes), count in sorted(found.items(), key=str)
@@ -61,9 +61,9 @@ def conversions(emulation: GraphModule) -> tuple[Conversion, ...]:
 
 def summations(emulation: GraphModule) -> tuple[Summation, ...]:
     """The layers of an emulation that state an accumulator; every other contraction is torch's."""
-    from .contraction.exact_linear import ExactLinear
+    from .contraction.exact_layers import ExactLayers
 
-    layers = [layer for layer in emulation.modules() if isinstance(layer, ExactLinear)]
+    layers = [layer for group in emulation.modules() if isinstance(group, ExactLayers) for layer in group.layers]
     off = switched_off()
     found = Counter((layer.accumulator.label, layer.datapath, layer.why_not or off) for layer in layers)
     return tuple(
@@ -81,13 +81,13 @@ def _why_not(format: str, how: Rounding, as_codes: bool) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _rounding(node: Node) -> tuple[str, Rounding, bool] | None:
+def _rounding(node: Node, emulation: GraphModule) -> tuple[str, Rounding, bool] | None:
     """The format that a node rounds into, how, and whether to codes."""
-    from .contraction.exact_linear import input_codes
+    if node.op == "call_module":
+        from .contraction.exact_layers import ExactLayers
 
-    if node.target is input_codes:
-        _, format, *how = node.args
-        return str(format), Rounding(*how), True  # pyright: ignore[reportArgumentType]
+        group = emulation.get_submodule(str(node.target))
+        return (group.format, group.how, True) if isinstance(group, ExactLayers) else None
     if node.target is torch_operators.operator("mxloom.quantize.default"):
         given: dict[str, Any] = signature(torch_operators.quantize).bind(*node.args, **node.kwargs).arguments
         given = {name: value for name, value in given.items() if name != "input"}

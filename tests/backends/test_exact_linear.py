@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.utils.exceptions import VerifyException
 
@@ -15,6 +19,7 @@ import mxloom
 from mxloom.backends.emulate import Emulate, build
 from mxloom.backends.kernels import native
 from mxloom.backends.kernels.contraction import exact_linear
+from mxloom.backends.kernels.contraction.exact_layers import ExactLayers, Norm, Product
 from mxloom.backends.kernels.contraction.exact_linear import ExactLinear
 from mxloom.backends.kernels.fake_quantization import reference_only
 from mxloom.backends.reference import Interpreter
@@ -92,7 +97,12 @@ def test_accumulators_change_what_they_should() -> None:
     """Few mantissa bits lose what 23 keep, and then the order of the sums matters."""
     results = [
         Interpreter(exact("mxint8", "nvfp4", **options), store())(inputs())[0]
-        for options in ({}, {"format": "bf16"}, {"format": "e8m13", "rounding": "rtz"}, {"format": "bf16", "partials": 3})
+        for options in (
+            {},
+            {"format": "bf16"},
+            {"format": "e8m13", "rounding": "rtz"},
+            {"format": "bf16", "partials": 3},
+        )
     ]
     wide = results[0].double()
     errors = [float((result.double() - wide).norm() / wide.norm()) for result in results]
@@ -103,10 +113,98 @@ def test_accumulators_change_what_they_should() -> None:
     assert not torch.equal(results[1], results[3])
 
 
+def groups(emulation: nn.Module) -> list[ExactLayers]:
+    return [module for module in emulation.modules() if isinstance(module, ExactLayers)]
+
+
 def test_readers_of_one_value_share_its_codes() -> None:
-    graph = build(exact("mxfp4", "mxint8"), store()).graph
-    assert sum(node.target is exact_linear.input_codes for node in graph.nodes) == 1
-    assert sum(node.op == "call_module" for node in graph.nodes) == 2
+    emulation = build(exact("mxfp4", "mxint8"), store())
+    (group,) = groups(emulation)
+    assert [layer.columns for layer in group.layers] == [24, 40]
+    assert emulation.get_submodule("a_b") is group
+    assert "72 -> 24, 72 -> 40" in repr(group)
+
+
+@pytest.mark.parametrize("weights", ["mxfp4", "int4_channel"])
+@pytest.mark.parametrize("activations", ["mxint8", "nvfp4", "int8_channel", "mxfp8_e4m3", "int8_affine"])
+@pytest.mark.parametrize("unit_offset", ["", ", unit_offset"])
+def test_norms_and_products_on_the_way_to_codes(weights: str, activations: str, unit_offset: str) -> None:
+    """One node for RMS norm, rounding and layer, one for product, rounding and layer; the bits are the same."""
+    module = parse_module(f"""
+      !x = tensor<?x?x64xf32>
+      func.func @f(%x: !x) -> !x {{
+        %norm.weight = mx.parameter "norm.weight" : tensor<64xf32>
+        %up.weight = mx.parameter "up.weight" : tensor<64x64xf32>
+        %gate.weight = mx.parameter "gate.weight" : tensor<64x64xf32>
+        %down.weight = mx.parameter "down.weight" : tensor<64x64xf32>
+        %n = mx.rms_norm %x, %norm.weight, eps = 0.0001{unit_offset} : (!x, tensor<64xf32>) -> !x
+        %up = mx.linear %n, %up.weight : (!x, tensor<64x64xf32>) -> !x
+        %gate = mx.linear %n, %gate.weight : (!x, tensor<64x64xf32>) -> !x
+        %p = mx.mul %up, %gate : (!x, !x) -> !x
+        %down = mx.linear %p, %down.weight : (!x, tensor<64x64xf32>) -> !x
+        func.return %down : !x
+      }}""")
+    Quantize(weights=weights, activations=activations).apply(context(), module)
+    Accumulate().apply(context(), module)
+    generator = torch.Generator().manual_seed(3)
+    state = {f"{name}.weight": torch.randn(64, 64, generator=generator) for name in ("up", "gate", "down")}
+    held = WeightStore.from_state_dict(state | {"norm.weight": torch.randn(64, generator=generator)})
+    x = torch.randn(2, 5, 64, generator=generator)
+    special = x.clone()
+    special[1, 2, 3], special[0, 0, 0] = torch.nan, torch.inf
+    for given in (x, x[:1, :1], x[:, :0], x.transpose(0, 1), special):
+        found = outputs(module, held, given)
+        assert all(torch.equal(found[0][0].nan_to_num(7.0), other[0].nan_to_num(7.0)) for other in found[1:])
+    emulation = build(module, held)
+    assert [type(group.source) for group in groups(emulation)] == [Norm, Product]
+    assert not [
+        node for node in emulation.graph.nodes if node.op == "call_function" and "getitem" not in str(node.target)
+    ]
+
+
+def test_what_torch_asks_of_modules() -> None:
+    """Gradients, copies, fake tensors, export, compilation, vmap: as for any other module."""
+    layer = nn.Linear(64, 32)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    arguments = {"weights": "nvfp4", "activations": "mxint8", "example": {"input": x}}
+    compiled = mxloom.compile(layer, mode="exact", **arguments)
+    emulation, expected = compiled.emulation, compiled(x)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    emulation(a)[0].sum().backward()
+    mxloom.compile(layer, **arguments).emulation(b)[0].sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.compile(emulation, backend="eager")(x)[0], expected)
+    assert torch.equal(torch.export.export(emulation, (x,)).module()(x)[0], expected)
+    assert torch.equal(torch.func.vmap(lambda row: emulation(row[None])[0][0])(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert emulation(mode.from_tensor(x))[0].shape == (3, 32)
+
+
+def test_a_copy_outlives_its_original() -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    layer = nn.Linear(64, 32)
+    compiled = mxloom.compile(layer, weights="mxfp4", activations="mxint8", example={"input": x}, mode="exact")
+    expected = compiled(x)
+    twin = copy.deepcopy(compiled.emulation)
+    del compiled
+    gc.collect()
+    assert torch.equal(twin(x)[0], expected)
+    assert torch.equal(torch.compile(twin, backend="eager")(x)[0], expected)
+
+
+def test_threads_do_not_share_memory_for_codes() -> None:
+    module, weights = exact("mxfp4", "mxint8"), store()
+    emulation = build(module, weights)
+    given = [torch.randn(1, 64, 72, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    expected = [emulation(x) for x in given]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            found = list(pool.map(emulation, given))
+            assert all(
+                torch.equal(a, b) for f, e in zip(found, expected, strict=True) for a, b in zip(f, e, strict=True)
+            )
 
 
 def test_codes_of_a_stored_weight_are_those_of_the_file(tmp_path: Path) -> None:
@@ -137,8 +235,7 @@ def test_odd_inputs_give_what_the_definition_gives() -> None:
 def test_the_text_of_the_emulation_can_be_read_without_weights() -> None:
     stream = io.StringIO()
     Emulate().emit(context(), exact("mxfp4", "mxint8"), stream)
-    assert "input_codes" in stream.getvalue()
-    assert "self.a(" in stream.getvalue()
+    assert "self.a_b(x)" in stream.getvalue()
 
 
 @pytest.mark.parametrize(("weight", "input", "holds"), [("mxint2", "mxint2", True), ("mxint8", "mxint8", False)])

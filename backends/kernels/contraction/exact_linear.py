@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from ....dialects import contractions
 from ....dialects.contractions import Bounds, Coded, bounds_of, segment_length
-from ....dialects.formats import BlockType, Rounding
+from ....dialects.formats import BlockType
 from ....dialects.formats._builtin import numbers_of
 from ....dialects.formats._element import Fixed
 from ....dialects.formats._plain import Plain
-from ....dialects.mx import parse_type
-from ..codes import Codes, PreparedCodes, prepare_codes
-from ..fake_quantization import is_plain, switched_off
+from ..codes import Codes
+from ..fake_quantization import switched_off
 from .datapath import CODE_BYTES
 from .native_linear import PackedLinear, codes_for, datapath
 from .packing import unpack
@@ -25,29 +22,6 @@ if TYPE_CHECKING:
     from xdsl.ir import Attribute
 
     from ....dialects.accumulator import AccumulatorAttr
-
-
-def input_codes(
-    x: Tensor,
-    format: str,
-    scale_rule: str | None = None,
-    rounding: str = "rne",
-    clip: float | None = None,
-    seed: int = 0,
-) -> Codes | Coded:
-    """`x` [..., K] rounded into a format, as codes for linear layers: by a native kernel where there is one."""
-    if is_plain(x) and switched_off() is None:
-        prepared = _prepared(format, scale_rule, rounding, clip, seed, x.shape, x.dtype)
-        if isinstance(prepared, PreparedCodes):
-            return prepared(x)
-    return contractions.coded(x, parse_type(format), Rounding(scale_rule, rounding, clip, seed))
-
-
-@lru_cache(maxsize=4096)
-def _prepared(
-    format: str, scale_rule: str | None, rounding: str, clip: float | None, seed: int, shape: Any, dtype: Any
-) -> PreparedCodes | str:
-    return prepare_codes(parse_type(format), Rounding(scale_rule, rounding, clip, seed), tuple(shape), dtype)
 
 
 def input_bounds(fmt: Attribute) -> tuple[Bounds, int | None]:
@@ -65,16 +39,14 @@ def input_bounds(fmt: Attribute) -> tuple[Bounds, int | None]:
     return bounds, length if length > 0 else None
 
 
-class ExactLinear(nn.Module):
-    """Weights as codes: packed for the processor at hand, or as the definition reads them."""
-
-    bias: Tensor | None
+class ExactLinear:
+    """Weights as codes: packed for the processor at hand, or as the definition reads them. Never changed."""
 
     def __init__(
         self, weight: Coded, bias: Tensor | None, accumulator: AccumulatorAttr, input_format: Attribute
     ) -> None:
-        super().__init__()
-        self.accumulator, self.size = accumulator, weight.size
+        self.accumulator, self.size, self.bias = accumulator, weight.size, bias
+        self.columns = weight.codes.shape[0]
         self.why_not: str | None = None
         self._packed: PackedLinear | None = None
         bounds, own = input_bounds(input_format)
@@ -90,7 +62,6 @@ class ExactLinear(nn.Module):
             self.why_not = "there is nothing to multiply"
         else:
             self._packed = PackedLinear(weight, bias, accumulator, path, own)
-        self.register_buffer("bias", bias)
         self._coded = weight if self._packed is None else None
         self._over = weight.over
         self._bounds, self._input_bounds = weight.bounds, bounds
@@ -100,17 +71,18 @@ class ExactLinear(nn.Module):
         """The name of the datapath of its kernel."""
         return None if self._packed is None else self._packed.path.name
 
-    def forward(self, input: Codes | Coded) -> Tensor:
+    def __call__(self, input: Codes | Coded) -> Tensor:
         """The layer on the codes of its input, f32."""
         if self._packed is not None and switched_off() is None:
             found = self._native(input)
             if found is not None:
                 return found
         given = input if isinstance(input, Coded) else _as_definition(input, self.size, self._input_bounds)
-        weight = self.weight()
+        weight, bias = _on(self.weight(), given.codes.device), self.bias
+        bias = None if bias is None else bias.to(given.codes.device)
         if contractions.holds_every_sum(given, weight, self.accumulator):
-            return contractions.linear_in_f32(given, weight, self.bias)
-        return contractions.linear(given, weight, self.bias, self.accumulator)
+            return contractions.linear_in_f32(given, weight, bias)
+        return contractions.linear(given, weight, bias, self.accumulator)
 
     def weight(self) -> Coded:
         """The weights as the definition reads them."""
@@ -140,7 +112,7 @@ class ExactLinear(nn.Module):
         own = width // count if isinstance(input, Codes) else input.length or self.size
         codes, factors = input.codes.reshape(-1, width), factors.reshape(-1, count)
         if not codes.numel():
-            return codes.new_zeros((*leading, packed.columns), dtype=torch.float32)
+            return codes.new_empty((*leading, packed.columns), dtype=torch.float32)
         codes = codes.to({"i8": torch.int8, "i16": torch.int16, "f64": torch.float64}[path.codes])
         codes = _cut(codes, segments * length)
         if own != length:
@@ -167,6 +139,14 @@ class ExactLinear(nn.Module):
             and input.codes.is_contiguous()
             and input.codes.numel() > 0
         )
+
+
+def _on(x: Coded, device: Any) -> Coded:
+    """The same codes on a device."""
+    if x.codes.device == device:
+        return x
+    over = None if x.over is None else x.over.to(device)
+    return replace(x, codes=x.codes.to(device), factors=x.factors.to(device), over=over)
 
 
 def _cut(codes: Tensor, width: int) -> Tensor:

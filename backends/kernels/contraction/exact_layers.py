@@ -1,0 +1,203 @@
+"""The linear layers that read one value as codes, as one module: values to codes once, then every layer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from ....dialects import contractions, torch_operators
+from ....dialects.contractions import Coded
+from ....dialects.formats import Rounding
+from ....dialects.mx import parse_type
+from ..codes import Codes, PreparedCodes, prepare_codes
+from ..codes_kernel import Factors
+from ..fake_quantization import is_plain, switched_off
+from .exact_linear import ExactLinear
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The value is the RMS norm of the input, with this weight."""
+
+    weight: Tensor | None
+    eps: float
+    unit_offset: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch_operators.rms_norm(x, self.weight, self.eps, self.unit_offset)
+
+    @property
+    def factors(self) -> Factors:
+        return ("row",) if self.weight is None else ("row", "column")
+
+    def multiplied(self, x: Tensor) -> list[Tensor]:
+        """What the norm multiplies the input with, as `torch_operators.rms_norm` does: rows, then columns."""
+        rows = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return [rows] if self.weight is None else [rows, 1.0 + self.weight if self.unit_offset else self.weight]
+
+
+@dataclass(frozen=True)
+class Product:
+    """The value is the product of two inputs of one shape."""
+
+    factors: Factors = ("value",)
+
+    def __call__(self, x: Tensor, other: Tensor) -> Tensor:
+        return x * other
+
+    def multiplied(self, x: Tensor, other: Tensor) -> list[Tensor]:
+        return [other]
+
+
+Source = Norm | Product | None
+"""What stands between the inputs of the module and the value that the layers read; None: nothing."""
+
+
+_DEFAULT = Rounding()
+
+
+class ExactLayers(nn.Module):
+    """Layers with accumulators that read one value of a format. Gradients pass straight through the rounding."""
+
+    def __init__(
+        self, layers: Sequence[ExactLinear], format: str, how: Rounding = _DEFAULT, source: Source = None
+    ) -> None:
+        super().__init__()
+        self.layers, self.format, self.how, self.source = tuple(layers), format, how, source
+        self.handle = next(_HANDLES)
+        _GROUPS[self.handle] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExactLayers:
+        """Another module on the same layers, which never change."""
+        return ExactLayers(self.layers, self.format, self.how, self.source)
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(f"{layer.size} -> {layer.columns}" for layer in self.layers)
+        return f"{sizes}; {self.format}, {self.layers[0].accumulator.label}"
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        """The results of the layers, [..., N] f32 each."""
+        if not torch.compiler.is_compiling() and all(map(is_plain, inputs)):
+            return self.run(*inputs)
+        value = inputs[0] if self.source is None else self.source(*inputs)
+        return torch.ops.mxloom_kernels.exact_layers.default(value, self.handle)
+
+    def run(self, *inputs: Tensor) -> list[Tensor]:
+        """The results for plain tensors on the CPU."""
+        if self.source is not None:
+            fused = self._fused(*inputs)
+            if fused is not None:
+                return [layer(fused) for layer in self.layers]
+            inputs = (self.source(*inputs),)
+        codes = self.codes(inputs[0])
+        return [layer(codes) for layer in self.layers]
+
+    def codes(self, x: Tensor) -> Codes | Coded:
+        """`x` [..., K] as codes: by a native kernel where there is one, in memory that the thread uses again."""
+        if x.is_cpu and switched_off() is None:
+            prepared = _prepared(self.format, self.how, x.shape, x.dtype, ())
+            if isinstance(prepared, PreparedCodes):
+                return prepared(x, *_scratch(prepared))
+        return contractions.coded(x, parse_type(self.format), self.how)
+
+    def _fused(self, x: Tensor, *others: Tensor) -> Codes | None:
+        """The codes of what the source makes of the inputs, in one pass; None where that is not possible."""
+        assert self.source is not None
+        tensors = (x, *others)
+        if switched_off() is not None or any(t.shape != x.shape or t.dtype != torch.float32 for t in tensors):
+            return None
+        prepared = _prepared(self.format, self.how, x.shape, x.dtype, self.source.factors)
+        if isinstance(prepared, str) or not all(t.is_contiguous() for t in tensors):
+            return None
+        multiplied = self.source.multiplied(x, *others)
+        return prepared(x, *_scratch(prepared), multiplied=multiplied)
+
+
+_HANDLES = count()
+_GROUPS: WeakValueDictionary[int, ExactLayers] = WeakValueDictionary()
+_local = threading.local()
+
+
+@lru_cache(maxsize=4096)
+def _prepared(format: str, how: Rounding, shape: Any, dtype: Any, factors: Factors) -> PreparedCodes | str:
+    return prepare_codes(parse_type(format), how, tuple(shape), dtype, factors)
+
+
+def _scratch(prepared: PreparedCodes) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for codes, factors and sums that lives until the thread asks for some of the same shape again."""
+    held: dict[Any, tuple[Tensor, Tensor, Tensor]] = _local.__dict__.setdefault("held", {})
+    key = prepared.codes_shape, prepared.blocks_shape, prepared.code_dtype
+    if key not in held:
+        if len(held) >= _MOST_SHAPES:
+            held.clear()
+        held[key] = (
+            torch.empty(prepared.codes_shape, dtype=prepared.code_dtype, device="cpu"),
+            torch.empty(prepared.blocks_shape, dtype=torch.float32, device="cpu"),
+            torch.empty(prepared.blocks_shape, dtype=torch.int32, device="cpu"),
+        )
+    return held[key]
+
+
+_MOST_SHAPES = 16
+
+
+def exact_layers(input: Tensor, layers: int) -> list[Tensor]:
+    """What `mxloom_kernels::exact_layers` does: the layers behind a handle on their value."""
+    group = _GROUPS[layers]
+    codes = group.codes(input.detach().float())
+    return [layer(codes) for layer in group.layers]
+
+
+def _fake(input: Tensor, layers: int) -> list[Tensor]:
+    columns = [layer.columns for layer in _GROUPS[layers].layers]
+    return [input.new_empty((*input.shape[:-1], size), dtype=torch.float32) for size in columns]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int], output: Any) -> None:
+    ctx.layers, ctx.dtype = inputs[1], inputs[0].dtype
+
+
+def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, None]:
+    """Gradients times the weights' values: rounding passes them straight through."""
+    found: Tensor | None = None
+    for layer, gradient in zip(_GROUPS[ctx.layers].layers, gradients, strict=True):
+        weight = layer.weight()
+        values = contractions.values_of(weight) * (1.0 if weight.over is None else weight.over)
+        part = gradient @ values.to(gradient.device)
+        found = part if found is None else found + part
+    assert found is not None
+    return found.to(ctx.dtype), None
+
+
+def _batched(info: Any, in_dims: tuple[int | None, None], input: Tensor, layers: int) -> tuple[list[Tensor], list[int]]:
+    """Under torch.vmap every sample is rounded by itself."""
+    dim = in_dims[0]
+    assert dim is not None
+    results = [torch.ops.mxloom_kernels.exact_layers.default(sample, layers) for sample in input.unbind(dim)]
+    return [torch.stack(list(parts)) for parts in zip(*results, strict=True)], [0] * len(results[0])
+
+
+@cache
+def register() -> object:
+    """Define `mxloom_kernels::exact_layers`, once; returns what keeps it alive.
+
+    In a namespace of its own: the text of a module may not name layers by their numbers.
+    """
+    library = torch.library.Library("mxloom_kernels", "FRAGMENT")
+    library.define("exact_layers(Tensor input, int layers) -> Tensor[]")
+    library.impl("exact_layers", exact_layers, "CompositeExplicitAutograd")
+    torch.library.register_fake("mxloom_kernels::exact_layers", _fake, lib=library)
+    torch.library.register_autograd("mxloom_kernels::exact_layers", _backward, setup_context=_keep, lib=library)
+    torch.library.register_vmap("mxloom_kernels::exact_layers", _batched, lib=library)
+    return library
