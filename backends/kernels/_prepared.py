@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 INFINITY_BITS = 0x7F800000
 
 
+STREAMED_FROM = 1 << 23
+"""Values from which on results are written past the caches (32 MiB)."""
+
 SHORT_ROW = 512
 """Rows up to so many values have their scales computed eight at a time: what is read twice stays in the first cache."""
 
@@ -48,7 +51,11 @@ class Prepared:
         self.layout, self.dtype = layout, dtype
         self.in_place = layout.tiling is None and dtype == torch.float32
         self._length = layout.size + layout.padding
-        self._kernel = _kernel(kernel_kind(layout), layout.function)
+        self._kind = kernel_kind(layout)
+        self._kernel = _kernel(self._kind, layout.function)
+        # Rows of several registers' worth, read twice, were slower when written past the caches.
+        whole_lines = self._kind in ("blocks", "pieces") and layout.function.lanes % 16 == 0
+        self._may_stream = whole_lines and native.can_stream()
 
     def __call__(self, x: Tensor, out: Tensor | None) -> Tensor:
         """`x` rounded, into `out` where it is given; `out` may be `x`."""
@@ -107,7 +114,7 @@ class Prepared:
         layout, numbers = self.layout, self.layout.function
         if layout.kind not in ("blocks", "rows", "means"):
             given, over = self._of_whole(source, threads)
-            _pieces(self._kernel, source, target, given, threads, over)
+            _pieces(self._kernel_for(target), source, target, given, threads, over)
             return
         blocks = count // self._length
         places = None
@@ -119,7 +126,13 @@ class Prepared:
         elif numbers.tensor_scale:
             over = tensor_scale(source, numbers, threads)
         threads = min(threads, blocks)
-        self._kernel(source.data_ptr(), written, blocks, over=over, length=self._length, threads=threads)
+        self._kernel_for(target)(source.data_ptr(), written, blocks, over=over, length=self._length, threads=threads)
+
+    def _kernel_for(self, target: Tensor) -> native.Kernel:
+        """The kernel that writes past the caches where they would not hold the result."""
+        count = target.numel()
+        streamed = self._may_stream and count >= STREAMED_FROM and not count % LANES and not target.data_ptr() % 64
+        return _kernel(self._kind, self.layout.function, streamed=True) if streamed else self._kernel
 
     def _of_whole(self, source: Tensor, threads: int) -> tuple[int, float]:
         """What `@q` takes beside values: bits of the largest magnitude or of the zero point; a scale."""
@@ -193,8 +206,8 @@ def _pieces(
 
 
 @lru_cache(maxsize=1024)
-def _kernel(kind: str, numbers: BlockFunction) -> native.Kernel:
-    return native.Kernel(f"{kind} {numbers}", lambda: kernel_module(kind, numbers))
+def _kernel(kind: str, numbers: BlockFunction, *, streamed: bool = False) -> native.Kernel:
+    return native.Kernel(f"{kind} {streamed} {numbers}", lambda: kernel_module(kind, numbers, streamed=streamed))
 
 
 def kernel_kind(layout: Layout) -> str:
@@ -203,20 +216,20 @@ def kernel_kind(layout: Layout) -> str:
     return "short rows" if short else layout.kind if layout.kind in ("blocks", "rows", "means") else "pieces"
 
 
-def kernel_module(kind: str, numbers: BlockFunction) -> ModuleOp:
+def kernel_module(kind: str, numbers: BlockFunction, *, streamed: bool = False) -> ModuleOp:
     """The code of a kernel, in the llvm dialect."""
     match kind:
         case "blocks":
             short = numbers.lanes in (8, 16)
             together = 8 if short and numbers.tensor_scale else 4 if short else 1
-            return groups_kernel(*_parts(numbers, GROUP), together=together)
+            return groups_kernel(*_parts(numbers, GROUP), together=together, streamed=streamed)
         case "short rows":
-            return groups_kernel(*_parts(numbers, GROUP), rows=True)
+            return groups_kernel(*_parts(numbers, GROUP), rows=True, streamed=streamed)
         case "rows":
-            return rows_kernel(*_parts(numbers, None))
+            return rows_kernel(*_parts(numbers, None), streamed=streamed)
         case "means":
             return given_rows_kernel(block_function(numbers))
-    return pieces_kernel(block_function(numbers))
+    return pieces_kernel(block_function(numbers), streamed=streamed)
 
 
 def _parts(numbers: BlockFunction, blocks: int | None) -> tuple[FuncOp, tuple[str, ...], FuncOp, FuncOp, Bound]:

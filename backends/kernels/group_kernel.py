@@ -18,8 +18,10 @@ def groups_kernel(
     scale: FuncOp,
     elements: FuncOp,
     bound: Bound | None = None,
+    *,
     together: int = 1,
     rows: bool = False,
+    streamed: bool = False,
 ) -> ModuleOp:
     """The arguments of all kernels, for blocks: the scales of eight at a time, then their elements.
 
@@ -29,7 +31,7 @@ def groups_kernel(
     """
     values = vector_of(elements)
     lanes = values.get_shape()[0]
-    writer, (source, target, first, end, _, over, length) = start()
+    writer, (source, target, first, end, _, over, length) = start(streamed=streamed)
     size = length if rows else writer.constant(lanes)
 
     # Loops over the blocks of a group, not eight copies of their code: that would take ten times as long to compile.

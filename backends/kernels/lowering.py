@@ -22,6 +22,7 @@ from xdsl.ir import Attribute, Block, Operation, Region, SSAValue
 
 from ...dialects.errors import MxloomError
 from ._builder import PREDICATES, made, vector_of_type
+from .native import STREAMED
 
 _SAME: dict[type[Operation], type[Operation]] = {
     arith.AddiOp: llvm.AddOp,
@@ -55,8 +56,8 @@ GROUP = 8
 class Writer:
     """Appends llvm operations to the end of the block it stands in."""
 
-    def __init__(self, region: Region, block: Block) -> None:
-        self.region, self.block = region, block
+    def __init__(self, region: Region, block: Block, *, streamed: bool = False) -> None:
+        self.region, self.block, self.streamed = region, block, streamed
 
     def add(self, operation: Operation) -> SSAValue:
         self.block.add_op(operation)
@@ -213,15 +214,16 @@ _ARGUMENTS = (POINTER, POINTER, i64, i64, i32, f32, i64)
 """source, target, first and end of the blocks, bits of the largest magnitude, scale of the tensor, length of a row."""
 
 
-def pieces_kernel(function: FuncOp) -> ModuleOp:
+def pieces_kernel(function: FuncOp, *, streamed: bool = False) -> ModuleOp:
     """`i32 kernel(source, target, first, end, given, over, length)`: `@q` on pieces of as many f32 as it takes.
 
     The pieces are those from `first` to `end`. Every kernel has the same arguments, read or not; it yields the bits of
     the largest magnitude where it looks for one, else 0. Where a function takes noise, it lies in the target, which
-    then takes the result.
+    then takes the result. `streamed`, here and elsewhere: results go past the caches, which x86 can, to a target at a
+    multiple of 64 bytes; a register's worth of values is as long.
     """
     values = vector_of(function)
-    writer, (source, target, first, end, given, over, _) = start()
+    writer, (source, target, first, end, given, over, _) = start(streamed=streamed)
     lanes = values.get_shape()[0]
 
     def body(index: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
@@ -256,14 +258,20 @@ class Bound:
 
 
 def rows_kernel(
-    measure: FuncOp, reductions: Sequence[str], scale: FuncOp, elements: FuncOp, bound: Bound | None = None
+    measure: FuncOp,
+    reductions: Sequence[str],
+    scale: FuncOp,
+    elements: FuncOp,
+    bound: Bound | None = None,
+    *,
+    streamed: bool = False,
 ) -> ModuleOp:
     """The arguments of all kernels: each row of `length` values is one block, read to be measured, then rounded.
 
     `length` is a multiple of the lanes of all functions. It yields the bits of the largest scale.
     """
     lanes = vector_of(elements).get_shape()[0]
-    writer, (source, target, first, end, _, over, length) = start()
+    writer, (source, target, first, end, _, over, length) = start(streamed=streamed)
 
     def row(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
         begin = writer.add(llvm.MulOp(index, length))
@@ -318,14 +326,17 @@ def apply(
     offset: SSAValue,
     factors: Sequence[SSAValue],
 ) -> None:
-    """A function on the values from `offset` on, these arguments, and noise from the target if it takes it."""
+    """A function on the values from `offset` on, these arguments, and noise from the target if it takes it.
+
+    Stores of a `streamed` writer go past the caches.
+    """
     values = vector_of(function)
     place = writer.at(target, offset)
     arguments = [writer.load(writer.at(source, offset), values), *factors]
     if len(arguments) < len(function.function_type.inputs):
         arguments.append(writer.load(place, values))
     (result,) = writer.inline(function, arguments)
-    writer.store(result, place)
+    writer.store(result, place, STREAMED if writer.streamed else 4)
 
 
 def largest_kernel(magnitudes: FuncOp) -> ModuleOp:
@@ -360,12 +371,14 @@ def measured_row(
     return [writer.intrinsic(f"llvm.vector.reduce.{name}", [part], i32) for name, part in pairs]
 
 
-def start() -> tuple[Writer, Sequence[SSAValue]]:
+def start(*, streamed: bool = False) -> tuple[Writer, Sequence[SSAValue]]:
     entry = Block(arg_types=_ARGUMENTS)
-    return Writer(Region(entry), entry), entry.args
+    return Writer(Region(entry), entry, streamed=streamed), entry.args
 
 
 def finish(writer: Writer, result: SSAValue) -> ModuleOp:
+    if writer.streamed:  # what went past the caches is there before anybody is told so
+        writer.block.add_op(llvm.CallIntrinsicOp("llvm.x86.sse.sfence", [], []))
     writer.block.add_op(llvm.ReturnOp(result))
     kind = llvm.LLVMFunctionType(_ARGUMENTS, result.type)
     return ModuleOp([llvm.FuncOp("kernel", kind, linkage=llvm.LinkageAttr("external"), body=writer.region)])

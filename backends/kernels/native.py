@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _LOCK = threading.Lock()
 
+STREAMED = 64
+"""The alignment, in bytes, of results that are stored past the caches; no other store has it."""
+
 
 def why_not() -> str | None:
     """Why no native code can be made here; None where it can."""
@@ -34,6 +37,14 @@ def _why_not_processor(triple: str, has: frozenset[str]) -> str | None:
         # Without SSE4.1 rounding to whole numbers is a call into a library that an engine does not find.
         return None if "sse4.1" in has else "the processor has no SSE4.1"
     return None if architecture in ("aarch64", "arm64") else f"no kernels for {architecture} processors"
+
+
+@cache
+def can_stream() -> bool:
+    """Whether stores of a vector can go past the caches."""
+    import llvmlite.binding as llvm
+
+    return llvm.get_process_triple().startswith(("x86_64", "amd64"))
 
 
 @cache
@@ -63,10 +74,17 @@ def _feature_string() -> str:
 
 
 def llvm_text(module: ModuleOp) -> str:
-    """The LLVM IR of a module in the llvm dialect."""
+    """The LLVM IR of a module in the llvm dialect; stores aligned to `STREAMED` bytes go past the caches."""
+    from llvmlite import ir
     from xdsl.backend.llvm.convert import convert_module
 
-    return str(convert_module(module, fallback_target_triple=None))
+    converted = convert_module(module, fallback_target_triple=None)
+    blocks = (block for function in converted.functions for block in function.blocks)
+    for instruction in (one for block in blocks for one in block.instructions):
+        if isinstance(instruction, ir.StoreInstr) and getattr(instruction, "align", None) == STREAMED:
+            once = converted.add_metadata([ir.Constant(ir.IntType(32), 1)])
+            instruction.set_metadata("nontemporal", once)  # xDSL has no word for it
+    return str(converted)
 
 
 class Kernel:

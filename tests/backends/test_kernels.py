@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import mxloom
 from mxloom.backends.kernels import native
+from mxloom.backends.kernels._prepared import STREAMED_FROM
 from mxloom.backends.kernels.fake_quantization import reference_only, register, why_not
 from mxloom.dialects import formats
 from mxloom.dialects.errors import MxloomError, UsageError
@@ -186,6 +187,24 @@ def test_two_threads_round_as_one(format: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found, formats.quantize(x, format_of(format, rank=2)))
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int8_tensor", "fixed<8,6>"])
+def test_what_is_written_past_the_caches(format: str) -> None:
+    memory = torch.randn(4097, 2048, generator=torch.Generator().manual_seed(7))
+    x = memory[:-1]
+    assert x.numel() >= STREAMED_FROM
+    expected = formats.quantize(x, format_of(format, rank=2))
+    beside = torch.empty(x.numel() + 1)[1:].view(x.shape)  # no multiple of 64 bytes
+    assert beside.data_ptr() % 64
+    assert torch.equal(mxloom.fake_quantize(x, format), expected)
+    assert torch.equal(mxloom.fake_quantize(x, format, out=beside), expected)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(mxloom.fake_quantize(x, format, out=x), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
