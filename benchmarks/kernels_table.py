@@ -64,10 +64,10 @@ The kernel is timed alone; `mxloom.fake_quantize` takes {call:.0f} microseconds 
 What limits it: from memory, the bandwidth that `copy_` reaches too ({memory:.1f} GB/s here, read and written;
 {cache:.1f} GB/s in cache). In cache, instructions: 13 for each register of values that is rounded and 5 to 11 to
 measure it, against two of a copy. Divisions are not what limits NVFP4: quotients by multiplication and two fused
-corrections, which are as exact, were no faster; it reads the tensor once more for the tensor's scale. Stores past the
-caches, which xDSL cannot write, made MX formats 12 % faster from memory in a trial. A first use is half LLVM's code
-generation, half xDSL's construction and printing of the code; measuring eight blocks at once made NVFP4 30 % faster in
-cache, for 15 ms of it.
+corrections, which are as exact, were no faster; it reads the tensor once more for the tensor's scale. Results of
+32 MiB and more are written past the caches, as `copy_` does, which made MX formats 15 % faster. A first use is half
+LLVM's code generation, half xDSL's construction and printing of the code; measuring eight blocks at once made NVFP4
+30 % faster in cache, for 15 ms of it.
 """
 
 
