@@ -7,13 +7,16 @@ from copy import deepcopy
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
+from xdsl.dialects.builtin import TensorType, f32
 from xdsl.ir import Attribute, Operation, SSAValue, TypeAttribute
 
+from ..backends.reference import constants
 from ..dialects.errors import MxloomError
 from ..dialects.formats import Rounding, is_wide
+from ..dialects.operations._operation import AsCodes
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import Contraction, EmbeddingOp
+from ..dialects.operations.contraction import Contraction, EmbeddingOp, LinearOp
 from ..dialects.operations.parameter import ParameterOp
 from ..passes._sites import module_name, root
 from .capture import register
@@ -43,9 +46,12 @@ def to_hf(compiled: Compiled) -> Any:
     model.set_attn_implementation("mxloom")
     _untie(model)
     reached: set[CastOp] = set()
+    codes = _weight_codes(compiled)
     for op in compiled.function.walk():
         if isinstance(op, (Contraction, EmbeddingOp)):
             _transfer(op, model, compiled, reached)
+        if isinstance(op, LinearOp) and op.acc is not None:
+            _sum_exactly(op, model, compiled, codes)
     for op in compiled.function.walk():
         if isinstance(op, CastOp) and op not in reached:
             raise MxloomError(
@@ -71,6 +77,47 @@ def _transfer(op: Operation, model: nn.Module, compiled: Compiled, reached: set[
         _set_weight(module, op, compiled)
     if casts.get("input"):
         _round_input(module, _rounding(casts["input"]))
+
+
+def _weight_codes(compiled: Compiled) -> dict[Any, Any]:
+    """The weights of layers that state an accumulator, as codes."""
+    if not any(isinstance(op, LinearOp) and op.acc is not None for op in compiled.function.walk()):
+        return {}
+    found = constants(compiled.function.body.block, compiled.weights)[0]
+    return {key: value for key, value in found.items() if isinstance(key, AsCodes)}
+
+
+def _sum_exactly(op: LinearOp, model: nn.Module, compiled: Compiled, codes: dict[Any, Any]) -> None:
+    """Let the module of a layer sum as its accumulator says, from the codes of its weight and of its input."""
+    from ..backends.kernels.contraction.exact_layers import ExactLayers, register
+    from ..backends.kernels.contraction.exact_linear import ExactLinear
+
+    register()
+    module: Any = _submodule(model, module_name(op), compiled)
+    weight, chain = codes.get(AsCodes(op.weight, op.transposed is not None)), _casts(op.input)
+    if weight is None or not chain or op.acc is None or op.result.type != _wide_type(op):
+        raise MxloomError(
+            f"%{module_name(op)} sums codes that no Hugging Face module has; run the compiled model itself"
+        )
+    bias = None if module.bias is None else module.bias.detach()
+    layer = ExactLinear(weight, bias, op.acc, _element(op.input))
+    module.__class__ = _exact(type(module))
+    module.round_input = _rounding(chain[:-1])
+    module.exact = ExactLayers([layer], str(_element(op.input)), chain[-1].how())
+
+
+def _wide_type(op: LinearOp) -> TensorType:
+    return TensorType(f32, op.result.type.get_shape())
+
+
+@cache
+def _exact(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` whose sums are those of an accumulator; parameter names and everything else stay."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return self.exact(self.round_input(input))[0]
+
+    return type(f"Exact{kind.__name__}", (kind,), {"forward": forward, "__doc__": f"{kind.__name__} on codes."})
 
 
 def _element(value: SSAValue) -> Attribute:

@@ -86,6 +86,16 @@ def test_logits_and_generated_tokens_are_those_of_the_compiled_model(name: str):
     assert torch.equal(produced, ids)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_exact_sums_are_those_of_the_compiled_model(name: str):
+    exact = compiled(name, {**RECIPE, "passes": ["accumulate{format=bf16}"]})
+    ids, mask = prompt()
+    with torch.no_grad():
+        logits = exact.to_hf()(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(logits, exact(input_ids=ids, attention_mask=mask).logits)
+    assert not torch.equal(logits, compiled(name)(input_ids=ids, attention_mask=mask).logits)
+
+
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
 def test_wide_logits_are_those_of_the_model(name: str):
     wide = compiled(name, {"version": 1, "quantize": [{"keep": "f32"}]})
