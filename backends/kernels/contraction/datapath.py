@@ -108,7 +108,7 @@ BYTES: Sequence[Datapath] = (
         4,
         "i8",
         _needs("avx512vnni", "avx512bw", "avx512f"),
-        (5, 3),
+        (5, 2),
         "llvm.x86.avx512.vpdpbusd.512",
         unsigned=True,
     ),
@@ -126,7 +126,7 @@ WORDS: Sequence[Datapath] = (
         2,
         "i16",
         _needs("avx512vnni", "avx512bw", "avx512f"),
-        (4, 3),
+        (5, 2),
         "llvm.x86.avx512.vpdpwssd.512",
     ),
     Datapath("avx512bw", 512, 2, "i16", _needs("avx512bw", "avx512f"), (4, 2), "llvm.x86.avx512.pmaddw.d.512", False),
@@ -135,7 +135,7 @@ WORDS: Sequence[Datapath] = (
 """For codes of two bytes, and for those of one byte where nothing sums bytes."""
 
 DOUBLES: Sequence[Datapath] = (
-    Datapath("avx512f-f64", 512, 1, "f64", _needs("avx512f"), (12, 1)),
+    Datapath("avx512f-f64", 512, 1, "f64", _needs("avx512f"), (4, 3)),
     Datapath("fma-f64", 256, 1, "f64", _needs("fma", "avx2"), (3, 1)),
     Datapath("neon-f64", 128, 1, "f64", _needs("neon"), (2, 1)),
 )

@@ -48,7 +48,9 @@ class LinearNumbers:
     bits: of a packed weight; table: the code that each packed weight stands for, or None where it is the code itself,
     with `offset` added; scales: form of the weights' factors, `scale_step` what E4M3 ones are multiplied with; rows,
     panels: the tile; mantissa, rounding, partials: the accumulator; over: whether a factor of the whole result is
-    multiplied at the end; bias: whether one is added then.
+    multiplied at the end; bias: whether one is added then; ahead: bytes of weights fetched before they are read, where
+    they come from memory; chains: sums of dot products side by side, added behind a segment, where one would wait for
+    itself.
     """
 
     datapath: Datapath
@@ -64,6 +66,8 @@ class LinearNumbers:
     over: bool = False
     bias: bool = False
     scale_step: float = 1.0
+    ahead: int = 0
+    chains: int = 1
 
     @property
     def planes(self) -> int:
@@ -173,6 +177,8 @@ class _Linear:
         else:
             first = [self._zeros(self.path.sums)] * n.rows
         initial = [first[r] for r, _ in self.tile]
+        count = len(initial)
+        initial += [self._zeros(self.path.sums)] * (count * (n.chains - 1))
 
         def step(place: SSAValue, dots: Sequence[SSAValue]) -> Sequence[SSAValue]:
             dots = list(dots)
@@ -180,17 +186,33 @@ class _Linear:
             code_at = w.add(llvm.MulOp(place, w.constant(n.depth * self.code_bytes)))
             own_weights = [self._offset(pointer, weight_at) for pointer in weights]
             own_rows = [self._offset(pointer, code_at) for pointer in rows]
+            if n.ahead:
+                for pointer in own_weights:
+                    self._fetch(pointer)
             loaded = [self._loaded(pointer) for pointer in own_weights]
             for plane in range(n.planes):
                 factors = [part for words in loaded for part in self._unpacked(words, plane)]
                 at = plane * self.path.depth * self.code_bytes
                 spread = [self.path.spread(w, self._offset(pointer, at)) for pointer in own_rows]
-                dots = [
-                    self.path.dot(w, dot, factors[p], spread[r]) for (r, p), dot in zip(self.tile, dots, strict=True)
-                ]
+                first = plane % n.chains * count
+                for own, (r, p) in enumerate(self.tile, first):
+                    dots[own] = self.path.dot(w, dots[own], factors[p], spread[r])
             return dots
 
-        return w.loop(w.constant(0), self.given["steps"], 1, initial, step)
+        dots = w.loop(w.constant(0), self.given["steps"], 1, initial, step)
+        for first in range(count, len(dots), count):
+            sums_ = zip(dots[:count], dots[first : first + count], strict=True)
+            dots = [*(w.add(llvm.AddOp(a, b)) for a, b in sums_), *dots[count:]]
+        return dots[:count]
+
+    def _fetch(self, pointer: SSAValue) -> None:
+        """Asks for the weights so far ahead; an address behind their end does no harm."""
+        w, n = self.w, self.n
+        hints = [w.constant(value, i32) for value in (0, 3, 1)]  # to read, into every cache, as data
+        for start in range(0, n.load_bytes, 64):
+            w.block.add_op(
+                llvm.CallIntrinsicOp("llvm.prefetch.p0", [self._offset(pointer, n.ahead + start), *hints], [])
+            )
 
     def _loaded(self, pointer: SSAValue) -> Sequence[SSAValue]:
         """One load of a panel's packed weights, in registers."""

@@ -86,14 +86,15 @@ class PackedLinear:
     def _planned(self, rows: int, over: bool, threads: int) -> list[Part]:
         """The kernel calls for so many rows, kept for the next time."""
         numbers, packed = replace(self.numbers, over=over), self.packed
-        tall, wide = _tile(numbers, rows, packed.segments)
+        tall, wide = _tile(self.path, rows, packed.segments)
         depth, width = self.numbers.depth, self.panels * PANEL
         row_codes = packed.segments * packed.length * CODE_BYTES[self.path.codes]
         share = threads if rows * self.size * self.columns >= SERIAL_BELOW else 1
         parts: list[Part] = []
-        for row, count in _cut(rows, tall):
+        for row, count, height in _rows(rows, tall):
             for panel, panels in _cut(self.panels, wide):
-                own = replace(numbers, rows=min(count, tall), panels=min(panels, wide))
+                own = replace(numbers, rows=height, panels=min(panels, wide))
+                own = replace(own, ahead=AHEAD if rows <= FEW_ROWS else 0, chains=_chains(own))
                 bias = 0 if self.bias is None else self.bias.data_ptr() + panel * PANEL * 4
                 parts.append(
                     Part(
@@ -207,12 +208,34 @@ def _cut(count: int, step: int) -> list[tuple[int, int]]:
     return [(first, size) for first, size in ((0, whole), (whole, count - whole)) if size]
 
 
-def _tile(numbers: LinearNumbers, rows: int, segments: int) -> tuple[int, int]:
-    """Rows and panels of a tile. One row alone reads weights from memory: few streams, or wide where scales are few."""
-    if rows == 1 and numbers.datapath.lanes == PANEL:
-        return 1, 8 if segments == 1 else 1
-    tall, wide = numbers.datapath.tile
-    return (tall + 1, wide) if segments == 1 and numbers.datapath.lanes == PANEL else (tall, wide)
+def _rows(count: int, tall: int) -> list[tuple[int, int, int]]:
+    """Rows in the fewest tiles, as even as can be: (first, how many, rows of a tile)."""
+    tiles = -(-count // tall)
+    low, higher = divmod(count, tiles)
+    parts = ((0, higher * (low + 1), low + 1), (higher * (low + 1), (tiles - higher) * low, low))
+    return [part for part in parts if part[1]]
+
+
+AHEAD = 8192
+"""Bytes of weights fetched before they are read, as measured."""
+
+FEW_ROWS = 32
+"""Rows up to which a layer waits for its weights from memory more than it computes."""
+
+
+def _tile(path: Datapath, rows: int, segments: int) -> tuple[int, int]:
+    """Rows and panels of a tile: few rows read one stream of weights, one segment has nothing to scale in between."""
+    if path.bits < 512:
+        return path.tile
+    if rows <= 16:
+        return min(rows, 8), 1
+    return (6, 3) if segments == 1 and path.is_integer else path.tile
+
+
+def _chains(numbers: LinearNumbers) -> int:
+    """Sums side by side in few rows, so that a dot product does not wait for the one before."""
+    sums = numbers.rows * numbers.panels * numbers.datapath.parts * numbers.planes
+    return numbers.planes if sums <= numbers.datapath.bits // 32 else 1
 
 
 @cache
