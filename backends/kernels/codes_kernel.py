@@ -42,7 +42,8 @@ def code_groups_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: i
         begin = writer.add(llvm.MulOp(writer.add(llvm.MulOp(row, length)), writer.constant(lanes)))
         return given.load(offset, values, row, writer.add(llvm.SubOp(offset, begin)))
 
-    def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+    def measure_group(index: SSAValue) -> SSAValue:
+        """Measure the blocks from `index` on, where there are any; how many."""
         left = writer.add(llvm.SubOp(end, index))
         count = writer.intrinsic("llvm.smin", [left, writer.constant(GROUP)], left.type)
 
@@ -50,6 +51,14 @@ def code_groups_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: i
             (own,) = writer.inline(magnitudes, [values_of(writer.add(llvm.AddOp(index, place)))])
             writer.store(writer.intrinsic("llvm.vector.reduce.umax", [own], i32), writer.at(tops, place, i32))
             return []
+
+        writer.loop(writer.constant(0), count, 1, [], measure)
+        return count
+
+    def group(index: SSAValue, carried: Sequence[SSAValue]) -> Sequence[SSAValue]:
+        count, following, seen = carried  # three groups are under way, as in `group_kernel`
+        factor, divisor, inexact = writer.inline(scale, [writer.load(tops, VectorType(i32, [GROUP])), over])
+        last = measure_group(writer.add(llvm.AddOp(index, writer.constant(2 * GROUP))))
 
         def coded(place: SSAValue, nothing: Sequence[SSAValue]) -> Sequence[SSAValue]:
             block = writer.add(llvm.AddOp(index, place))
@@ -59,17 +68,16 @@ def code_groups_kernel(magnitudes: FuncOp, scale: FuncOp, codes: FuncOp, bits: i
             out.block(block, writer.load(writer.at(scales, place), f32), _sum(writer, found))
             return []
 
-        writer.loop(writer.constant(0), count, 1, [], measure)
-        largest = writer.load(tops, VectorType(i32, [GROUP]))
-        factor, divisor, inexact = writer.inline(scale, [largest, over])
+        writer.loop(writer.constant(0), count, 1, [], coded)
         writer.store(factor, scales)
         writer.store(divisor, divisors)
-        writer.loop(writer.constant(0), count, 1, [], coded)
-        return [writer.add(llvm.OrOp(carried[0], inexact))]
+        return [following, last, writer.add(llvm.OrOp(seen, inexact))]
 
     none = writer.add(llvm.ConstantOp(zeros(GROUP), VectorType(i32, [GROUP])))
     writer.store(none, tops)  # a last group may be short: what it leaves as it was has been counted already
-    (inexact,) = writer.loop(first, end, GROUP, [none], group)
+    before = writer.add(llvm.SubOp(first, writer.constant(GROUP)))  # where nothing is coded
+    carried = [writer.constant(0), measure_group(first), none]
+    _, _, inexact = writer.loop(before, end, GROUP, carried, group)
     return finish(writer, writer.intrinsic("llvm.vector.reduce.umax", [inexact], i32))
 
 
