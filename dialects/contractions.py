@@ -6,7 +6,7 @@ The definition on torch tensors, for every format whose values have codes; nativ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd, log2
+from math import floor, gcd, log2
 from typing import TYPE_CHECKING
 
 from xdsl.dialects.builtin import NoneAttr
@@ -28,6 +28,8 @@ LARGEST_CODE = (1 << 15) - 1
 """Codes up to this are whole numbers of the element's smallest step; elements beyond stand for themselves."""
 
 _F64_DIGITS = 53
+_DIGITS = 3
+"""Mantissa bits of the elements that stand for themselves, at most (`why_no_codes`)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def why_no_codes(fmt: Attribute) -> str | None:
         return f"{fmt} is not made of blocks with one kind of element"
     if not isinstance(element, Fixed | Minifloat):
         return f"the element of {fmt} is no fixed-point number or minifloat"
-    if isinstance(element, Minifloat) and element.precision > 3:
+    if isinstance(element, Minifloat) and element.precision > _DIGITS:
         return f"{fmt} is a wide float: quantize the operand"
     return f"the element of {fmt} has more than 16 bits" if element.bits > 16 else None
 
@@ -282,6 +284,20 @@ def _over(input: Coded, weight: Coded) -> Tensor:
     """The product of the tensors' own factors, rounded to f32."""
     given = [each.over for each in (input, weight) if each.over is not None]
     return given[0] * given[1] if len(given) == 2 else given[0]
+
+
+def bounds_at_hand(codes: Tensor, bounds: Bounds) -> Bounds:
+    """The bounds of these codes: what the format says, narrowed to the numbers that are there.
+
+    A code of at most four binary digits is a whole multiple of an eighth of its leading digit.
+    """
+    magnitudes = codes.abs()
+    nonzero = magnitudes.masked_fill(magnitudes == 0, float("inf"))
+    largest = float(magnitudes.amax()) if codes.numel() else 0.0
+    if largest == 0:
+        return Bounds(bounds.step, bounds.step)
+    smallest = float(nonzero.amin())
+    return Bounds(largest, max(bounds.step, 2.0 ** (floor(log2(smallest)) - _DIGITS)))
 
 
 def fits_f64(a: Bounds, b: Bounds, length: int) -> bool:

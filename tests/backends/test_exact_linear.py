@@ -18,7 +18,7 @@ from xdsl.utils.exceptions import VerifyException
 import mxloom
 from mxloom.backends.emulate import Emulate, build
 from mxloom.backends.kernels import native
-from mxloom.backends.kernels.contraction import exact_linear
+from mxloom.backends.kernels.contraction import exact_layers, exact_linear
 from mxloom.backends.kernels.contraction.exact_layers import ExactLayers, Norm, Product
 from mxloom.backends.kernels.contraction.exact_linear import ExactLinear
 from mxloom.backends.kernels.fake_quantization import reference_only
@@ -252,14 +252,38 @@ def test_the_certificate(weight: str, input: str, holds: bool) -> None:
 
 
 def test_a_layer_says_why_it_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = format_of("mxfp8_e5m2", rank=2)
-    weight = coded(torch.randn(4, 64), fmt, Rounding())
-    layer = ExactLinear(weight, None, AccumulatorAttr.of(), fmt)
-    assert layer.why_not == "sums of its products take more than 53 bits"
     monkeypatch.setattr(exact_linear, "datapath", lambda codes: None)
     fmt = format_of("mxint8", rank=2)
     layer = ExactLinear(coded(torch.randn(4, 64), fmt, Rounding()), None, AccumulatorAttr.of(), fmt)
     assert layer.why_not == "the processor multiplies no codes of i8"
+
+
+@pytest.mark.parametrize("spread", [2, 30])
+def test_elements_of_a_wide_range_are_summed_exactly(spread: int) -> None:
+    """E5M2 by E5M2: by a kernel where the numbers at hand fit f64, else by halves; the sums are the same."""
+    generator = torch.Generator().manual_seed(spread)
+    x, w = (
+        torch.randn(4, 64, generator=generator)
+        * torch.exp2(torch.randint(-spread, 1, (4, 64), generator=generator).float())
+        for _ in range(2)
+    )
+    fmt, acc = format_of("mxfp8_e5m2", rank=2), AccumulatorAttr.of()
+    input, weight = (coded(each, fmt, Rounding()) for each in (x, w))
+    layer = ExactLinear(weight, None, acc, fmt)
+    assert torch.equal(layer(input), contractions.linear(input, weight, None, acc))
+    assert (layer._native(input) is not None) == (spread == 2 and native.why_not() is None)
+
+
+@pytest.mark.parametrize("missing", ["llvmlite", "instructions"])
+def test_machines_without_kernels_sum_alike(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, weights, x = exact("mxfp4", "mxint8"), store(), inputs()
+    expected = Interpreter(module, weights)(x)
+    if missing == "llvmlite":
+        monkeypatch.setattr(exact_linear, "datapath", lambda codes: None)
+        monkeypatch.setattr(exact_layers, "_prepared", lambda *arguments: "llvmlite is not installed")
+    else:
+        monkeypatch.setattr(exact_linear, "datapath", lambda codes: None)
+    assert all(torch.equal(a, b) for a, b in zip(build(module, weights)(x), expected, strict=True))
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}; run on x86-64 or 64-bit Arm")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ....dialects import contractions
-from ....dialects.contractions import Bounds, Coded, bounds_of, segment_length
+from ....dialects.contractions import Bounds, Coded, bounds_at_hand, bounds_of, fits_f64, segment_length
 from ....dialects.formats import BlockType
 from ....dialects.formats._builtin import numbers_of
 from ....dialects.formats._element import Fixed
@@ -53,10 +53,11 @@ class ExactLinear:
         own = None if own is not None and own >= weight.size else own
         length = segment_length(own, weight.length, weight.size)
         codes = codes_for(bounds, weight.bounds, length, whole=length >= weight.size)
-        path = None if codes is None else datapath(codes)
-        if codes is None:
-            self.why_not = "sums of its products take more than 53 bits"
-        elif path is None:
+        # Elements with a wide range (E5M2 by E5M2) fit f64 where the numbers at hand do, which each call looks at.
+        self._bounds_at_hand = None if codes is not None else bounds_at_hand(weight.codes, weight.bounds)
+        codes = codes or "f64"
+        path = datapath(codes)
+        if path is None:
             self.why_not = f"the processor multiplies no codes of {codes}"
         elif not weight.size or not weight.codes.shape[0]:
             self.why_not = "there is nothing to multiply"
@@ -95,13 +96,17 @@ class ExactLinear:
         return Coded(codes, factors, self._over, self._packed.length, self.size, self._bounds)
 
     def _native(self, input: Codes | Coded) -> Tensor | None:
-        """The layer by the native kernel; None where the codes lie on another device."""
+        """The layer by the native kernel; None where codes lie on another device, or f64 may not hold their sums."""
         import torch
 
         packed = self._packed
         assert packed is not None
         path, segments, length = packed.path, packed.packed.segments, packed.length
         leading, width = input.codes.shape[:-1], input.codes.shape[-1]
+        if self._bounds_at_hand is not None:
+            found = bounds_at_hand(input.codes, self._input_bounds)
+            if not fits_f64(found, self._bounds_at_hand, length):
+                return None
         factors = input.scales if isinstance(input, Codes) else input.factors
         if not input.codes.is_cpu:
             return None
