@@ -56,15 +56,18 @@ def medians(
     contestants: Mapping[str, Sequence[Run]],
     rounds: int,
     clock: Callable[[], float] = time.thread_time,
-    before: Run = lambda: None,
+    before: Run | None = None,
 ) -> dict[str, float]:
-    """Seconds of one run of each contestant: in every round all contestants, each with all its runs, after `before`."""
+    """Seconds of one run of each contestant: in every round all contestants, each with all its runs.
+
+    Untimed ahead of each: `before`, or where there is none the first of its runs, so that caches hold what it reads.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for runs in contestants.values():
         runs[0]()
     for _ in range(rounds):
         for name, runs in contestants.items():
-            before()
+            (before or runs[0])()
             begin = clock()
             for run in runs:
                 run()
@@ -167,14 +170,14 @@ def measure_linear(
         }
         runs |= {name: list(own) * repeats for name, own in _torch_runs(rows, size, columns, first.x).items()}
         runs |= {name: list(others) * repeats for name, others in (peers or {}).items()}
-        limit, memory = peak(packed.path), torch.zeros(2 if few else 0, FROM_MEMORY, dtype=torch.uint8)
+        limit, memory = peak(packed.path), torch.zeros(2, FROM_MEMORY if few else 0, dtype=torch.uint8)
         if few:
             runs["read"] = [_reading(part) for part in memory]
         else:
             runs["peak"] = [lambda: limit(_PEAK_ROUNDS)]
         with torch.no_grad():
-            # What lies in the caches from the contestant before must not help where weights come from memory.
-            found = medians(runs, rounds, before=_reading(memory))
+            # Where weights come from memory, what the contestant before left in the caches must not help.
+            found = medians(runs, rounds, before=_reading(memory) if few else None)
     finally:
         torch.set_num_threads(threads)
     of_peak = of_bandwidth = 0.0
