@@ -11,6 +11,7 @@ import mmap
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -19,9 +20,13 @@ import torch
 import mxloom
 from mxloom.backends.kernels.clip_errors import candidate_errors
 from mxloom.backends.kernels.codes import prepare_codes
+from mxloom.backends.kernels.contraction.datapath import PANEL
+from mxloom.backends.kernels.contraction.exact_linear import ExactLinear
 from mxloom.backends.kernels.fake_quantization import reference_only
 from mxloom.backends.kernels.statistics import block_statistics, by_torch
-from mxloom.dialects import formats
+from mxloom.dialects import contractions, formats
+from mxloom.dialects.accumulator import AccumulatorAttr
+from mxloom.dialects.contractions import coded, why_no_codes
 from mxloom.dialects.errors import MxloomError
 from mxloom.dialects.formats import BlockType, Rounding
 from mxloom.dialects.instances import INSTANCES, format_of
@@ -175,7 +180,53 @@ def lose_tensor(case: Case) -> None:
     assert same(found, again.flip(-1)), f"errors: {case}"
 
 
-KINDS: tuple[Callable[[Case], None], ...] = (round_tensor, round_tensor, code_tensor, measure_tensor, lose_tensor)
+def multiply_tensor(case: Case) -> None:
+    """A linear layer whose codes, weights, factors, sums and result lie beside forbidden pages, one after the other."""
+    fmt = format_of(case.format, rank=2)
+    if not case.x.numel() or why_no_codes(fmt) is not None or case.rounding == "stochastic":
+        return
+    draw, x = case.draw, case.x.float().reshape(-1, case.x.shape[-1])[:40]
+    weight = coded(torch.randn(draw.randint(1, 70), x.shape[1]), format_of(draw.choice(WEIGHTS), rank=2), Rounding())
+    accumulator = AccumulatorAttr.of(*draw.choice([("f32",), ("e8m13", "rtz", 3)]))
+    layer = ExactLinear(weight, None, accumulator, fmt)
+    input = coded(x, fmt, Rounding(rounding=case.rounding))
+    expected = contractions.linear(input, weight, None, accumulator)
+    packed = layer._packed
+    if packed is None or layer._native(input) is None:
+        return
+    assert same(layer(input), expected), f"layer: {case}"
+    codes, factors = contractions.in_segments(input, packed.length)
+    filled = torch.nn.functional.pad(codes, (0, packed.packed.length - packed.length))
+    kind = {"i8": torch.int8, "i16": torch.int16, "f64": torch.float64}[packed.path.codes]
+    held = [filled.flatten(1).to(kind).contiguous(), factors.contiguous(), filled.sum(-1).to(torch.int32)]
+    held += [packed.packed.codes, packed.packed.factors]
+    result = case.out(3, (x.shape[0], packed.panels * PANEL), torch.float32)
+    for number, tensor in enumerate(held):
+        place = case.places[1]
+        guarded = place.tensor(tuple(tensor.shape), tensor.dtype, at_end=draw.random() < 0.5)
+        guarded.copy_(tensor)
+        parts = [guarded if other == number else each for other, each in enumerate(held)]
+        packed.packed = replace(packed.packed, codes=parts[3], factors=parts[4])
+        packed._plans.clear()
+        over = None if input.over is None and weight.over is None else 1.0 if input.over is None else float(input.over)
+        product = ctypes.c_float(0.0 if over is None else over * packed.over)
+        for part in packed._planned(x.shape[0], over is not None, 1):
+            addresses = [each.data_ptr() for each in (*parts[:3], result)]
+            part(*addresses, ctypes.addressof(product))
+        place.check()
+        case.places[3].check()
+        assert same(result[:, : packed.columns], expected), f"layer with part {number} guarded: {case}"
+
+
+WEIGHTS = ["mxint8", "mxfp4", "mxfp6_e3m2", "nvfp4", "ternary", "int4_channel", "mxfp8_e4m3", "int8_affine"]
+KINDS: tuple[Callable[[Case], None], ...] = (
+    round_tensor,
+    round_tensor,
+    code_tensor,
+    measure_tensor,
+    lose_tensor,
+    multiply_tensor,
+)
 
 
 def main(seed: int, cases: int) -> None:
