@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from xdsl.dialects.builtin import TensorType, f32
 from xdsl.ir import SSAValue
 
+from ..dialects.contractions import rows_of
 from ..dialects.errors import MxloomError
 from ..dialects.formats import Rounding
 from ..dialects.operations._operation import AsCodes, Operation
 from ..dialects.operations._shapes import element_of
 from ..dialects.operations._values import path_of
 from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import LinearOp
+from ..dialects.operations.contraction import ExpertLinearOp, LinearOp
 from ..dialects.operations.normalization import RMSNormOp
 from ..dialects.operations.pointwise import MulOp
 
@@ -43,9 +45,15 @@ class ExactNodes:
         if isinstance(op, CastOp):
             return is_read_as_codes(op)
         cast = _only_reader(op)
-        return cast is not None and is_read_as_codes(cast) and self._absorbs(op)
+        if (
+            cast is None
+            or not is_read_as_codes(cast)
+            or any(isinstance(u.operation, ExpertLinearOp) for u in cast.result.uses)
+        ):
+            return False
+        return self._absorbs(op)
 
-    def inputs(self, op: LinearOp) -> tuple[SSAValue, ...]:
+    def inputs(self, op: LinearOp | ExpertLinearOp) -> tuple[SSAValue, ...]:
         """The values that the node of a layer reads."""
         value = _source(op.input)
         owner = value.owner
@@ -62,6 +70,26 @@ class ExactNodes:
             for number, layer in enumerate(layers):
                 self._nodes[layer.result] = self.graph.call_function(operator.getitem, (every, number))
         return self._nodes[op.result]
+
+    def experts(self, op: ExpertLinearOp, input: Node, index: Node) -> Node:
+        """The node of a layer of experts."""
+        from torch import nn
+
+        name, weight = _name([op]), self._weight(op)
+        if weight is None or op.acc is None:
+            return self.graph.create_node("call_module", self.modules.hold_module(name, nn.Module()), (input, index))
+        from .kernels.contraction.exact_layers import ExactExperts, register
+        from .kernels.contraction.exact_linear import ExactLinear
+
+        register()
+        biases = None if op.bias is None else self.constants[op.bias]
+        held = [
+            ExactLinear(rows_of(weight, e), None if biases is None else biases[e], op.acc, element_of(op.input))
+            for e in range(weight.codes.shape[0])
+        ]
+        how = op.input.owner.how() if isinstance(op.input.owner, CastOp) else Rounding()
+        module = ExactExperts(held, str(element_of(op.input)), how)
+        return self.graph.create_node("call_module", self.modules.hold_module(name, module), (input, index))
 
     def _module(self, layers: list[LinearOp]) -> str:
         from torch import nn
@@ -105,7 +133,7 @@ class ExactNodes:
             return all(value.type == op.results[0].type and value not in self.constants for value in op.operands)
         return op.weight is None or op.weight in self.constants
 
-    def _weight(self, op: LinearOp) -> Coded | None:
+    def _weight(self, op: LinearOp | ExpertLinearOp) -> Coded | None:
         weight: Coded | None = self.constants.get(AsCodes(op.weight, op.transposed is not None))
         if weight is None and op.weight in self.constants:
             return None
@@ -120,7 +148,7 @@ class ExactNodes:
 def is_read_as_codes(op: CastOp) -> bool:
     """Whether nobody reads the values of a cast, but its codes."""
     readers = [use.operation for use in op.result.uses]
-    return bool(readers) and all(isinstance(r, LinearOp) and r.acc is not None for r in readers)
+    return bool(readers) and all(isinstance(r, LinearOp | ExpertLinearOp) and r.acc is not None for r in readers)
 
 
 def readers_as_codes(value: SSAValue) -> list[LinearOp]:
@@ -147,7 +175,7 @@ def _only_reader(op: Operation) -> CastOp | None:
     return only if len(readers) == 1 and isinstance(only, CastOp) else None
 
 
-def _name(layers: list[LinearOp]) -> str:
+def _name(layers: Sequence[LinearOp | ExpertLinearOp]) -> str:
     """The name of one layer, or those of several under the module that holds the first."""
     paths = [path_of(layer.result) or layer.name for layer in layers]
     if len(paths) == 1:

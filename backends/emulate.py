@@ -18,7 +18,7 @@ from ..dialects.operations._operation import Call, Operation
 from ..dialects.operations._shapes import element_of, shape_of
 from ..dialects.operations._values import path_of, torch_dtype
 from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import LinearOp
+from ..dialects.operations.contraction import ExpertLinearOp, LinearOp
 from ..dialects.operations.parameter import ParameterOp
 from ..dialects.torch_operators import operator, quantize_call
 from ._exact_nodes import ExactNodes
@@ -97,6 +97,9 @@ class _Emitter:
         call = op.call()
         if isinstance(op, LinearOp) and op.acc is not None:
             found = self.exact.node(op, tuple(self._operand(value, call.dtype) for value in self.exact.inputs(op)))
+        elif isinstance(op, ExpertLinearOp) and op.acc is not None:
+            (value,) = self.exact.inputs(op)
+            found = self.exact.experts(op, self._operand(value, call.dtype), self._node(op.index))
         else:
             found = self._call(call)
         results = (

@@ -16,7 +16,7 @@ from ..dialects.formats import Rounding, is_wide
 from ..dialects.operations._operation import AsCodes
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import Contraction, EmbeddingOp, LinearOp
+from ..dialects.operations.contraction import Contraction, EmbeddingOp, ExpertLinearOp, LinearOp
 from ..dialects.operations.parameter import ParameterOp
 from ..passes._sites import module_name, root
 from .capture import register
@@ -50,7 +50,7 @@ def to_hf(compiled: Compiled) -> Any:
     for op in compiled.function.walk():
         if isinstance(op, (Contraction, EmbeddingOp)):
             _transfer(op, model, compiled, reached)
-        if isinstance(op, LinearOp) and op.acc is not None:
+        if isinstance(op, LinearOp | ExpertLinearOp) and op.acc is not None:
             _sum_exactly(op, model, compiled, codes)
     for op in compiled.function.walk():
         if isinstance(op, CastOp) and op not in reached:
@@ -87,7 +87,7 @@ def _weight_codes(compiled: Compiled) -> dict[Any, Any]:
     return {key: value for key, value in found.items() if isinstance(key, AsCodes)}
 
 
-def _sum_exactly(op: LinearOp, model: nn.Module, compiled: Compiled, codes: dict[Any, Any]) -> None:
+def _sum_exactly(op: LinearOp | ExpertLinearOp, model: nn.Module, compiled: Compiled, codes: dict[Any, Any]) -> None:
     """Let the module of a layer sum as its accumulator says, from the codes of its weight and of its input."""
     from ..backends.kernels.contraction.exact_layers import ExactLayers, register
     from ..backends.kernels.contraction.exact_linear import ExactLinear
@@ -95,7 +95,8 @@ def _sum_exactly(op: LinearOp, model: nn.Module, compiled: Compiled, codes: dict
     register()
     module: Any = _submodule(model, module_name(op), compiled)
     weight, chain = codes.get(AsCodes(op.weight, op.transposed is not None)), _casts(op.input)
-    if weight is None or not chain or op.acc is None or op.result.type != _wide_type(op):
+    elsewhere = isinstance(op, ExpertLinearOp) or not chain or op.result.type != _wide_type(op)
+    if elsewhere or weight is None or op.acc is None:
         raise MxloomError(
             f"%{module_name(op)} sums codes that no Hugging Face module has; run the compiled model itself"
         )

@@ -5,7 +5,7 @@ The definition on torch tensors, for every format whose values have codes; nativ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, gcd, log2
 from typing import TYPE_CHECKING
 
@@ -284,6 +284,24 @@ def _over(input: Coded, weight: Coded) -> Tensor:
     """The product of the tensors' own factors, rounded to f32."""
     given = [each.over for each in (input, weight) if each.over is not None]
     return given[0] * given[1] if len(given) == 2 else given[0]
+
+
+def expert_linear(
+    input: Coded, weight: Coded, index: Tensor, bias: Tensor | None, accumulator: AccumulatorAttr
+) -> Tensor:
+    """Row s of input [S, K] times the weight of expert index[s]: weight [E, N, K], bias [E, N] -> [S, N] f32."""
+    result = input.codes.new_empty((input.codes.shape[0], weight.codes.shape[1])).float()
+    for expert in range(weight.codes.shape[0]):
+        rows = (index == expert).nonzero()[:, 0]
+        if len(rows):
+            own = None if bias is None else bias[expert]
+            result[rows] = linear(rows_of(input, rows), rows_of(weight, expert), own, accumulator)
+    return result
+
+
+def rows_of(x: Coded, rows: Tensor | int) -> Coded:
+    """Some of the first dimension's entries."""
+    return replace(x, codes=x.codes[rows], factors=x.factors[rows])
 
 
 def bounds_at_hand(codes: Tensor, bounds: Bounds) -> Bounds:

@@ -1,4 +1,4 @@
-"""`accumulate`: the accumulator of linear layers whose operands are quantized."""
+"""`accumulate`: the accumulator of linear layers, those of experts included, whose operands are quantized."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from xdsl.passes import ModulePass
 
 from ..dialects.accumulator import AccumulatorAttr
 from ..dialects.errors import UsageError
-from ..dialects.operations.contraction import LinearOp, why_no_accumulator
+from ..dialects.operations.contraction import ExpertLinearOp, LinearOp, why_no_accumulator
 from ._sites import module_name
 from .quantize import matches
 
 
 @dataclass(frozen=True)
 class Accumulate(ModulePass):
-    """Sum the products of linear layers exactly inside a block, then in `format`, as hardware does.
+    """Sum the products of linear layers, also of experts, exactly inside a block, then in `format`, as hardware does.
 
     `match` chooses modules as in `quantize`; a layer whose operands have no codes (one is wide) is left as it is.
     `format` is f32, bf16 or e8m1 to e8m23; `rounding` of the accumulator is rne or rtz; `partials` sums are formed in
@@ -33,7 +33,7 @@ class Accumulate(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         accumulator = AccumulatorAttr.of(self.format, self.rounding, self.partials)
-        layers = [layer for layer in op.walk() if isinstance(layer, LinearOp)]
+        layers = [layer for layer in op.walk() if isinstance(layer, LinearOp | ExpertLinearOp)]
         matched = [layer for layer in layers if matches(self.match, module_name(layer))]
         if not matched:
             raise UsageError(f"accumulate: no linear layer is called {self.match!r}; the module has {len(layers)}")

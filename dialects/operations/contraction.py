@@ -61,8 +61,7 @@ class LinearOp(Contraction):
     result = result_def(TensorType)
 
     def check(self) -> None:
-        if self.acc is not None and (reason := why_no_accumulator(self)) is not None:
-            self.require(False, f"no accumulator: {reason}")
+        _check_accumulator(self)
         given, weight = shape_of(self.input), shape_of(self.weight)
         self.require(len(weight) == 2, f"the weight must be a matrix, got {text(weight)}")
         self.require(len(given) >= 1, "the input needs a dimension to sum over, got a scalar")
@@ -122,8 +121,13 @@ class LinearOp(Contraction):
         return shape_of(self.weight)[0 if self.transposed is not None else 1]
 
 
-def why_no_accumulator(operation: LinearOp) -> str | None:
-    """Why a linear layer cannot state an accumulator: its operands have no codes; None where they have."""
+def _check_accumulator(operation: LinearOp | ExpertLinearOp) -> None:
+    if operation.acc is not None and (reason := why_no_accumulator(operation)) is not None:
+        operation.require(False, f"no accumulator: {reason}")
+
+
+def why_no_accumulator(operation: LinearOp | ExpertLinearOp) -> str | None:
+    """Why an operation cannot state an accumulator: its operands have no codes; None where they have."""
     from ..contractions import why_no_codes
 
     for name, value in (("input", operation.input), ("weight", operation.weight)):
@@ -253,6 +257,7 @@ class ExpertLinearOp(Contraction):
     """Each row times the weight of its own expert (mixture of experts).
 
     input [S, K], weight [E, N, K] ([E, K, N] when `transposed`), bias [E, N], index [S] -> [S, N].
+    With an accumulator `acc`, as in `mx.linear`, `contractions.expert_linear` says how products are summed.
     """
 
     name = "mx.expert_linear"
@@ -263,9 +268,11 @@ class ExpertLinearOp(Contraction):
     index = operand_def(TensorType)
     bias = opt_operand_def(TensorType)
     transposed = opt_prop_def(UnitAttr)
+    acc = opt_prop_def(AccumulatorAttr)
     result = result_def(TensorType)
 
     def check(self) -> None:
+        _check_accumulator(self)
         given, weight = shape_of(self.input), shape_of(self.weight)
         self.require(
             len(given) == 2 and len(weight) == 3,
@@ -287,6 +294,17 @@ class ExpertLinearOp(Contraction):
 
     def reduced(self) -> Reduced:
         return {"input": (-1,), "weight": (-2,) if self.transposed is not None else (-1,)}
+
+    def call(self) -> Call:
+        if self.acc is None:
+            return super().call()
+        from ..contractions import expert_linear
+
+        weight = AsCodes(self.weight, self.transposed is not None)
+        return Call(expert_linear, (AsCodes(self.input), weight, self.index, self.bias, self.acc), {}, f32)
+
+    def shape_call(self) -> Call:
+        return super().call()
 
 
 @irdl_op_definition

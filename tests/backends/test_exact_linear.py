@@ -162,6 +162,51 @@ def test_norms_and_products_on_the_way_to_codes(weights: str, activations: str, 
     ]
 
 
+@pytest.mark.parametrize("transposed", ["", ", transposed"])
+@pytest.mark.parametrize("format", ["mxint8", "nvfp4", "int8_channel"])
+def test_experts_sum_alike(format: str, transposed: str) -> None:
+    """Each row by its own expert is that row by a linear layer of the expert's weight."""
+    size = "4x64x24" if transposed else "4x24x64"
+    module = parse_module(f"""
+      func.func @f(%x: tensor<?x64xf32>, %i: tensor<?xi64>) -> tensor<?x24xf32> {{
+        %w = mx.parameter "w" : tensor<{size}xf32>
+        %b = mx.parameter "b" : tensor<4x24xf32>
+        %y = mx.expert_linear %x, %w, %i, %b{transposed}
+          : (tensor<?x64xf32>, tensor<{size}xf32>, tensor<?xi64>, tensor<4x24xf32>) -> tensor<?x24xf32>
+        func.return %y : tensor<?x24xf32>
+      }}""")
+    Quantize(weights=format, activations=format).apply(context(), module)
+    Accumulate(format="bf16").apply(context(), module)
+    generator = torch.Generator().manual_seed(4)
+    state = {"w": torch.randn(*map(int, size.split("x")), generator=generator), "b": torch.randn(4, 24)}
+    weights, x = WeightStore.from_state_dict(state), torch.randn(9, 64, generator=generator)
+    index = torch.tensor([0, 2, 2, 0, 3, 3, 3, 0, 2])  # nobody asks for expert 1
+    emulation, reference = build(module, weights), Interpreter(module, weights)
+    expected = reference(x, index)[0]
+    assert torch.equal(emulation(x, index)[0], expected)
+    with reference_only():
+        assert torch.equal(emulation(x, index)[0], expected)
+    fmt, acc = format_of(format, rank=2), AccumulatorAttr.of("bf16")
+    matrices = state["w"].transpose(1, 2) if transposed else state["w"]
+    if format != "nvfp4":  # its experts share the scale of the tensor
+        each = [
+            contractions.linear(
+                coded(x, fmt, Rounding("floor") if format == "mxint8" else Rounding()),
+                coded(m, fmt, Rounding()),
+                b,
+                acc,
+            )
+            for m, b in zip(matrices, state["b"], strict=True)
+        ]
+        assert torch.equal(torch.stack(each)[index, torch.arange(9)], expected)
+    taught = x.clone().requires_grad_()
+    emulation(taught, index)[0].sum().backward()
+    assert taught.grad is not None
+    values = mxloom.fake_quantize(state["w"], format, dim=1 if transposed else 2)
+    values = values.transpose(1, 2) if transposed else values
+    assert torch.allclose(taught.grad, values[index].sum(1), rtol=1e-5, atol=1e-5)
+
+
 def test_what_torch_asks_of_modules() -> None:
     """Gradients, copies, fake tensors, export, compilation, vmap: as for any other module."""
     layer = nn.Linear(64, 32)

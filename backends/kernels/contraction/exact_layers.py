@@ -80,7 +80,7 @@ class ExactLayers(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExactLayers:
         """Another module on the same layers, which never change."""
-        return ExactLayers(self.layers, self.format, self.how, self.source)
+        return type(self)(self.layers, self.format, self.how, self.source)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{layer.size} -> {layer.columns}" for layer in self.layers)
@@ -124,6 +124,32 @@ class ExactLayers(nn.Module):
         return prepared(x, *_scratch(prepared), multiplied=multiplied)
 
 
+class ExactExperts(ExactLayers):
+    """Layers of experts: each row of the input times the weight of its own. The layers are the experts, in order."""
+
+    def forward(self, input: Tensor, index: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """input [S, K], index [S] -> [S, N] f32."""
+        if not torch.compiler.is_compiling() and is_plain(input):
+            return self.chosen(input, index)
+        return torch.ops.mxloom_kernels.exact_experts.default(input, index, self.handle)
+
+    def chosen(self, input: Tensor, index: Tensor) -> Tensor:
+        """The rows, each by its own expert."""
+        codes = self.codes(input)
+        result = torch.empty((input.shape[0], self.layers[0].columns), dtype=torch.float32, device=input.device)
+        for number, layer in enumerate(self.layers):
+            rows = (index == number).nonzero()[:, 0]
+            if len(rows):
+                result[rows] = layer(_rows_of(codes, rows))
+        return result
+
+
+def _rows_of(codes: Codes | Coded, rows: Tensor) -> Codes | Coded:
+    if isinstance(codes, Coded):
+        return contractions.rows_of(codes, rows)
+    return codes._replace(codes=codes.codes[rows], scales=codes.scales[rows], sums=codes.sums[rows])
+
+
 _HANDLES = count()
 _GROUPS: WeakValueDictionary[int, ExactLayers] = WeakValueDictionary()
 _local = threading.local()
@@ -164,6 +190,38 @@ def _fake(input: Tensor, layers: int) -> list[Tensor]:
     return [input.new_empty((*input.shape[:-1], size), dtype=torch.float32) for size in columns]
 
 
+def exact_experts(input: Tensor, index: Tensor, layers: int) -> Tensor:
+    """What `mxloom_kernels::exact_experts` does: the experts behind a handle on their rows."""
+    group = _GROUPS[layers]
+    assert isinstance(group, ExactExperts)
+    return group.chosen(input.detach().float(), index)
+
+
+def _experts_fake(input: Tensor, index: Tensor, layers: int) -> Tensor:
+    return input.new_empty((input.shape[0], _GROUPS[layers].layers[0].columns), dtype=torch.float32)
+
+
+def _keep_experts(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Any) -> None:
+    ctx.layers, ctx.dtype = inputs[2], inputs[0].dtype
+    ctx.save_for_backward(inputs[1])
+
+
+def _experts_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    (index,) = ctx.saved_tensors
+    layers = _GROUPS[ctx.layers].layers
+    found = gradient.new_empty((gradient.shape[0], layers[0].size))
+    for number, layer in enumerate(layers):
+        rows = (index == number).nonzero()[:, 0]
+        found[rows] = gradient[rows] @ _weight_values(layer).to(gradient.device)
+    return found.to(ctx.dtype), None, None
+
+
+def _weight_values(layer: ExactLinear) -> Tensor:
+    """The numbers that the weights of a layer stand for, [N, K] f32."""
+    weight = layer.weight()
+    return contractions.values_of(weight) * (1.0 if weight.over is None else weight.over)
+
+
 def _keep(ctx: Any, inputs: tuple[Tensor, int], output: Any) -> None:
     ctx.layers, ctx.dtype = inputs[1], inputs[0].dtype
 
@@ -172,9 +230,7 @@ def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, None]:
     """Gradients times the weights' values: rounding passes them straight through."""
     found: Tensor | None = None
     for layer, gradient in zip(_GROUPS[ctx.layers].layers, gradients, strict=True):
-        weight = layer.weight()
-        values = contractions.values_of(weight) * (1.0 if weight.over is None else weight.over)
-        part = gradient @ values.to(gradient.device)
+        part = gradient @ _weight_values(layer).to(gradient.device)
         found = part if found is None else found + part
     assert found is not None
     return found.to(ctx.dtype), None
@@ -190,7 +246,7 @@ def _batched(info: Any, in_dims: tuple[int | None, None], input: Tensor, layers:
 
 @cache
 def register() -> object:
-    """Define `mxloom_kernels::exact_layers`, once; returns what keeps it alive.
+    """Define `mxloom_kernels::exact_layers` and `exact_experts`, once; returns what keeps them alive.
 
     In a namespace of its own: the text of a module may not name layers by their numbers.
     """
@@ -199,5 +255,11 @@ def register() -> object:
     library.impl("exact_layers", exact_layers, "CompositeExplicitAutograd")
     torch.library.register_fake("mxloom_kernels::exact_layers", _fake, lib=library)
     torch.library.register_autograd("mxloom_kernels::exact_layers", _backward, setup_context=_keep, lib=library)
+    library.define("exact_experts(Tensor input, Tensor index, int layers) -> Tensor")
+    library.impl("exact_experts", exact_experts, "CompositeExplicitAutograd")
+    torch.library.register_fake("mxloom_kernels::exact_experts", _experts_fake, lib=library)
+    torch.library.register_autograd(
+        "mxloom_kernels::exact_experts", _experts_backward, setup_context=_keep_experts, lib=library
+    )
     torch.library.register_vmap("mxloom_kernels::exact_layers", _batched, lib=library)
     return library
