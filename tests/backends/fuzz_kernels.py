@@ -53,6 +53,7 @@ class Guarded:
         """A contiguous tensor that begins or ends where the memory does, marks all around it."""
         count = prod(shape)
         size = count * dtype.itemsize
+        assert size <= BYTES, f"{dtype} {list(shape)} takes more than {BYTES} bytes"
         offset = self.start + (BYTES - size if at_end else 0)
         around = min(4096, BYTES - size)
         self.marks = (self.start, around) if at_end else (offset + size, around)
@@ -149,10 +150,13 @@ def code_tensor(case: Case) -> None:
     if isinstance(prepared, str):
         return
     plain = prepared(x)
-    outs = [case.out(i + 1, tuple(part.shape), part.dtype) for i, part in enumerate(plain[:3])]
-    prepared(x, *outs)
+    if plain.codes.nbytes > BYTES:  # codes of 64 bits, or of long blocks that hardly hold a value
+        return
+    codes, scales, sums = (case.out(i + 1, tuple(part.shape), part.dtype) for i, part in enumerate(plain[:3]))
+    prepared(x, codes, scales, sums)
     case.check(3)
-    assert all(same(a.float(), b.float()) for a, b in zip(outs, plain[:3], strict=True)), str(case)
+    pairs = zip((codes, scales, sums), plain[:3], strict=True)
+    assert all(same(a.float(), b.float()) for a, b in pairs), str(case)
     if plain.codes.is_floating_point():  # no whole numbers, which have sums
         return
     split = plain.codes.unflatten(-1, (plain.scales.shape[-1], -1))
