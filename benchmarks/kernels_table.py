@@ -6,7 +6,6 @@ file name the page is written there (docs/performance.md); sections under headin
 
 from __future__ import annotations
 
-import platform
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from page import machine, write_head
 
 import mxloom
 from mxloom.backends.kernels._error_definition import errors_by_torch
@@ -36,8 +36,8 @@ TORCHAO = {"mxfp4": "float4_e2m1fn_x2", "mxfp8_e4m3": "float8_e4m3fn", "mxfp8_e5
 
 PAGE = """# How fast the kernels are
 
-`make bench` (or `python benchmarks/kernels_table.py docs/performance.md`) writes this page; `mxloom bench` prints the
-first table on any machine.
+`make bench` (or `python benchmarks/kernels_table.py docs/performance.md`) writes this page up to its first section;
+`mxloom bench` prints the first table on any machine.
 
 {machine}
 
@@ -77,7 +77,7 @@ def main() -> None:
     head = f"| {' | '.join([*heads, 'first use, ms', 'from disk, ms'])} |"
     table = "\n".join([head, "|---|---:|---:|---:|---:|---:|---:|---:|", *rows])
     page = PAGE.format(
-        machine=_machine(),
+        machine=machine(),
         torchao=version("torchao"),
         table=table,
         threads=_threads(),
@@ -87,9 +87,7 @@ def main() -> None:
         cache=copy_bandwidth(SMALL) / 1e9,
     )
     if len(sys.argv) > 1:
-        file = Path(sys.argv[1])
-        _, heading, kept = file.read_text(encoding="utf-8").partition("\n## ") if file.exists() else ("", "", "")
-        file.write_text(page + heading + kept, encoding="utf-8")
+        write_head(Path(sys.argv[1]), page)
     print(page)
 
 
@@ -244,26 +242,6 @@ def _call() -> float:
     mxloom.fake_quantize(x, "mxfp4", out=out)
     times = [_cpu_time(lambda: [mxloom.fake_quantize(x, "mxfp4", out=out) for _ in range(1000)]) for _ in range(5)]
     return 1e3 * statistics.median(times)
-
-
-def _machine() -> str:
-    from mxloom.backends.kernels.native import features
-
-    sets = [name for name in ("avx2", "avx512f", "avx512vnni", "avxvnni", "neon", "sve") if name in features()]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "xdsl", "llvmlite"))
-    vectors = ", ".join(sets) or "no wide vectors"
-    return f"Measured on {_processor()} ({vectors}), {versions}, Python {platform.python_version()}."
-
-
-def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    import llvmlite.binding as llvm
-
-    named = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return f"{named}, {llvm.get_host_cpu_name()}"
 
 
 if __name__ == "__main__":
