@@ -191,7 +191,7 @@ def multiply_tensor(case: Case) -> None:
         return
     draw, x = case.draw, case.x.float().reshape(-1, case.x.shape[-1])[:40]
     weight = coded(torch.randn(draw.randint(1, 70), x.shape[1]), format_of(draw.choice(WEIGHTS), rank=2), Rounding())
-    accumulator = AccumulatorAttr.of(*draw.choice([("f32",), ("e8m13", "rtz", 3)]))
+    accumulator = draw.choice([AccumulatorAttr.of(), AccumulatorAttr.of("e8m13", "rtz", 3)])
     layer = ExactLinear(weight, None, accumulator, fmt)
     input = coded(x, fmt, Rounding(rounding=case.rounding))
     expected = contractions.linear(input, weight, None, accumulator)
@@ -215,8 +215,8 @@ def multiply_tensor(case: Case) -> None:
         over = None if input.over is None and weight.over is None else 1.0 if input.over is None else float(input.over)
         product = ctypes.c_float(0.0 if over is None else over * packed.over)
         for part in packed._planned(x.shape[0], over is not None, 1):
-            addresses = [each.data_ptr() for each in (*parts[:3], result)]
-            part(*addresses, ctypes.addressof(product))
+            codes_at, factors_at, sums_at = (each.data_ptr() for each in parts[:3])
+            part(codes_at, factors_at, sums_at, result.data_ptr(), ctypes.addressof(product))
         place.check()
         case.places[3].check()
         assert same(result[:, : packed.columns], expected), f"layer with part {number} guarded: {case}"
