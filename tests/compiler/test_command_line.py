@@ -141,7 +141,11 @@ def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)  # reading the recipe waits here
     process = subprocess.Popen(
-        [sys.executable, "-m", "mxloom", "recipe", str(pipe)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [sys.executable, "-m", "mxloom", "recipe", str(pipe)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     with pipe.open("w"):
         process.send_signal(signal.SIGINT)
