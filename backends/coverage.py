@@ -54,13 +54,15 @@ class Coverage:
     def _summed(self) -> str:
         """How products are summed, where some operations state it."""
         stated = [f"{share:.1%} in {name}" for name, share in self.accumulators.items() if name != TORCH]
+        total = sum(share for name, share in self.accumulators.items() if name != TORCH)
+        blocks = stated[0].rpartition(" in ")[2] if len(stated) == 1 else ", ".join(stated)
         shares: dict[str, float] = {}
         for name, share in self.torch_sums:
             shares[_folded(name)] = shares.get(_folded(name), 0.0) + share
         order = sorted(shares, key=lambda name: -shares[name])
         named = ", ".join(f"{name} {shares[name]:.1%}" for name in order[:8])
         rest = f" and {len(order) - 8} more" if len(order) > 8 else ""
-        line = f"MACs summed exactly inside blocks, then {', '.join(stated)}"
+        line = f"{total:.1%} of MACs summed exactly inside blocks, blocks added in {blocks}"
         return f"{line}; in torch's f32: {named}{rest}" if named else line
 
     def _kept(self) -> list[str]:

@@ -58,6 +58,7 @@ def compile(
     """
     tell = report or (lambda step, line: None)
     chosen = _recipe(recipe, weights, activations)
+    pipeline = _in_mode(mode, chosen.pipeline() if chosen else "")
     if chosen and chosen.evaluate:
         read_text(_folder(chosen) / chosen.evaluate.text)  # what cannot be measured is told before the work
     source = open_model(model, example=example)
@@ -65,7 +66,6 @@ def compile(
         source.set_dynamic(dynamic)
     reference = _reference(source, chosen)
     module = import_source(source, tell).clone()
-    pipeline = _in_mode(mode, chosen.pipeline() if chosen else "")
     run_pipeline(module, source.weights, pipeline, chosen, tell)
     compiled = Compiled(
         module=module,
@@ -91,7 +91,7 @@ def _in_mode(mode: str, pipeline: str) -> str:
     if mode == "fast":
         return pipeline
     if not pipeline:
-        raise UsageError("mode exact needs quantized operands: give formats, or a recipe")
+        raise UsageError("mode exact needs quantized operands: give weights and activations, or a recipe")
     if any(step.name == Accumulate.name for step in parse_passes(pipeline)):
         raise UsageError("the recipe's passes state an accumulator already: leave mode exact out")
     return f"{pipeline},{Accumulate.name}"

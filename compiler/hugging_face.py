@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, partial
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, cast
 
 from xdsl.dialects.builtin import TensorType, f32
@@ -12,7 +13,7 @@ from xdsl.ir import Attribute, Operation, SSAValue, TypeAttribute
 
 from ..backends.reference import constants
 from ..dialects.errors import MxloomError
-from ..dialects.formats import Rounding, is_wide
+from ..dialects.formats import is_wide
 from ..dialects.operations._operation import AsCodes
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
@@ -34,7 +35,9 @@ def to_hf(compiled: Compiled) -> Any:
     """A Hugging Face model in f32 that rounds as the typed module does, with the cache and sampling of transformers.
 
     Each linear, convolution and embedding gets its rounded weight and rounds its input; attention rounds its operands
-    behind the cache. Raises MxloomError, naming the operation, where a cast belongs to no module of the model.
+    behind the cache. A layer with an accumulator multiplies the codes of its weight, and raises MxloomError where the
+    weight was changed since (not inside torch.compile, which looks at no values). Raises MxloomError, naming the
+    operation, where a cast belongs to no module of the model.
     """
     model: Any = compiled.source.loaded()
     model = deepcopy(model) if model is compiled.source.model else model
@@ -105,6 +108,39 @@ def _sum_exactly(op: LinearOp | ExpertLinearOp, model: nn.Module, compiled: Comp
     module.__class__ = _exact(type(module))
     module.round_input = _rounding(chain[:-1])
     module.exact = ExactLayers([layer], str(_element(op.input)), chain[-1].how())
+    module.packed_from, module.packed_name = _digest(module), module_name(op)
+    module.packed_state = _state(module)
+
+
+def _check_weights(module: Any) -> None:
+    """Raise MxloomError where weight or bias are no longer those whose codes the layer multiplies."""
+    state = _state(module)
+    if state == module.packed_state:
+        return
+    if _digest(module) != module.packed_from:
+        raise MxloomError(
+            f"the weight or bias of {module.packed_name} was changed, but the layer sums the codes of the old one: "
+            "change the model, compile it anew, and take to_hf() of that"
+        )
+    module.packed_state = state
+
+
+def _state(module: Any) -> tuple[Any, ...]:
+    """What changes whenever the parameters may have changed."""
+    held = [tensor for tensor in (module.weight, module.bias) if tensor is not None]
+    return tuple((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in held if not tensor.is_meta)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # torch counts no versions of inference tensors
+
+
+def _digest(module: Any) -> str:
+    held = [tensor for tensor in (module.weight, module.bias) if tensor is not None]
+    if any(tensor.is_meta for tensor in held):
+        return str(module.packed_from)
+    content = [tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in held]
+    return sha256(b"".join(content)).hexdigest()
 
 
 def _wide_type(op: LinearOp) -> TensorType:
@@ -114,8 +150,11 @@ def _wide_type(op: LinearOp) -> TensorType:
 @cache
 def _exact(kind: type[nn.Module]) -> type[nn.Module]:
     """`kind` whose sums are those of an accumulator; parameter names and everything else stay."""
+    from torch.compiler import is_compiling
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        if not is_compiling():
+            _check_weights(self)
         return self.exact(self.round_input(input))[0]
 
     return type(f"Exact{kind.__name__}", (kind,), {"forward": forward, "__doc__": f"{kind.__name__} on codes."})
@@ -135,16 +174,16 @@ def _casts(value: SSAValue) -> list[CastOp]:
 
 
 def _rounding(chain: list[CastOp]) -> Round:
-    steps = [(op.result.type.element_type, op.how()) for op in chain]
-    return partial(_round, steps=steps)
-
-
-def _round(x: Tensor, steps: list[tuple[Attribute, Rounding]]) -> Tensor:
     from ..dialects.torch_operators import quantize_call
 
-    for format, how in steps:
-        target, args, kwargs = quantize_call(x, format, how)
-        x = target(*args, **kwargs)
+    # The calls are made once, so that torch.compile meets operators and nothing of ours.
+    calls = [quantize_call(None, cast(TensorType, op.result.type).element_type, op.how()) for op in chain]
+    return partial(_round, calls=[(operator, args[1:], kwargs) for operator, args, kwargs in calls])
+
+
+def _round(x: Tensor, calls: list[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]]) -> Tensor:
+    for operator, args, kwargs in calls:
+        x = operator(x, *args, **kwargs)
     return x
 
 

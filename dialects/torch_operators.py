@@ -272,10 +272,25 @@ def register() -> object:
     return library
 
 
+def untraced(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, whose frames torch.compile leaves alone where they run beside a compiled graph.
+
+    Where a graph breaks, torch compiles every Python frame that runs, those of operators' kernels too; what is exact
+    here may not be so there, and some dtypes it does not know. (What `torch.compiler.disable` does costs each call
+    some microseconds and a second of imports.)
+    """
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    code = kernel.__code__
+    eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, skip))
+    return kernel
+
+
 def _define(library: Any, name: str, kernel: Any, fake: Any, backward: Any) -> None:
     import torch
 
-    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, untraced(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxloom::{name}", fake, lib=library)
     torch.library.register_autograd(f"mxloom::{name}", backward, setup_context=_keep, lib=library)
 

@@ -12,14 +12,15 @@ from ..dialects.accumulator import AccumulatorAttr
 from ..dialects.errors import UsageError
 from ..dialects.operations.contraction import ExpertLinearOp, LinearOp, why_no_accumulator
 from ._sites import module_name
-from .quantize import matches
+from .quantize import matches, nearest
 
 
 @dataclass(frozen=True)
 class Accumulate(ModulePass):
     """Sum the products of linear layers, also of experts, exactly inside a block, then in `format`, as hardware does.
 
-    `match` chooses modules as in `quantize`; a layer whose operands have no codes (one is wide) is left as it is.
+    Several in a row are a list, and the first match wins. `match` chooses modules as in `quantize`; a layer whose
+    operands have no codes (one is wide) is left as it is.
     `format` is f32, bf16 or e8m1 to e8m23; `rounding` of the accumulator is rne or rtz; `partials` sums are formed in
     turn and added at the end. Raises UsageError where no layer is changed.
     """
@@ -31,15 +32,30 @@ class Accumulate(ModulePass):
     rounding: str = "rne"
     partials: int = 1
 
+    def __post_init__(self) -> None:
+        self.accumulator()  # a wrong one is told before anything runs
+
+    def accumulator(self) -> AccumulatorAttr:
+        """The accumulator that the options state. Raises UsageError where there is none such."""
+        return AccumulatorAttr.of(self.format, self.rounding, self.partials)
+
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        accumulator = AccumulatorAttr.of(self.format, self.rounding, self.partials)
-        layers = [layer for layer in op.walk() if isinstance(layer, LinearOp | ExpertLinearOp)]
-        matched = [layer for layer in layers if matches(self.match, module_name(layer))]
+        layers = {module_name(o): o for o in op.walk() if isinstance(o, LinearOp | ExpertLinearOp)}
+        matched = [layer for name, layer in layers.items() if matches(self.match, name)]
         if not matched:
-            raise UsageError(f"accumulate: no linear layer is called {self.match!r}; the module has {len(layers)}")
-        reasons = [why_no_accumulator(layer) for layer in matched]
+            raise UsageError(
+                f"accumulate: {self.match!r} matches 0 of {len(layers)} linear layers{nearest(self.match, layers)}"
+            )
+        reasons = [_why_not(layer) for layer in matched]
         if all(reasons):
-            raise UsageError(f"accumulate: no layer takes an accumulator: {reasons[0]} (quantize both operands first)")
+            raise UsageError(
+                f"accumulate: no layer takes an accumulator: {reasons[0]}. It needs weights and activations "
+                "in formats, by quantize rules that run before it"
+            )
         for layer, reason in zip(matched, reasons, strict=True):
             if reason is None:
-                layer.acc = accumulator
+                layer.acc = self.accumulator()
+
+
+def _why_not(layer: LinearOp | ExpertLinearOp) -> str | None:
+    return why_no_accumulator(layer) if layer.acc is None else "an earlier accumulate decided"

@@ -47,10 +47,15 @@ def reference_only() -> Iterator[None]:
 
 
 def switched_off() -> str | None:
-    """Why no tensor at all is rounded by kernels here and now."""
+    """Why no tensor at all is rounded by kernels here and now. Raises UsageError for a MXLOOM_KERNELS of no meaning."""
     if getattr(_local, "reference", False):
         return "only the reference is asked for"
-    return "MXLOOM_KERNELS is eager" if os.environ.get("MXLOOM_KERNELS") == "eager" else None
+    chosen = os.environ.get("MXLOOM_KERNELS")
+    if not chosen:
+        return None
+    if chosen != "eager":
+        raise UsageError(f'MXLOOM_KERNELS is {chosen!r:.60}: "eager" leaves kernels out; unset it to use them')
+    return "MXLOOM_KERNELS is eager"
 
 
 def why_not(
@@ -264,5 +269,5 @@ def register() -> object:
     torch_operators.register()
     library = torch.library.Library("mxloom", "IMPL")
     for device in ("CPU", "CUDA"):
-        library.impl("quantize", quantize, device)
+        library.impl("quantize", torch_operators.untraced(quantize), device)
     return library

@@ -41,14 +41,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds of the median (default 7)")
     parser.add_argument("--contractions", action="store_true", help="measure linear layers on codes instead")
     parser.add_argument(
-        "--width", type=int, default=2048, metavar="N", help="of those layers, twice as wide for one row (default 2048)"
+        "--width", type=int, metavar="N", help="of those layers, twice as wide for one row (default 2048)"
     )
     _json.add_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from ...backends.kernels.fake_quantization import switched_off
+    from ...dialects.errors import UsageError
+
+    if (reason := switched_off()) is not None:
+        raise UsageError(f"{reason}: there are no kernels to measure; unset it")
     if args.contractions:
         return _contractions(args)
+    if args.width is not None:
+        raise UsageError("--width is that of linear layers: give --contractions too")
     from ...backends.kernels.measurement import LARGE, SMALL, copy_bandwidth, measure
     from ...dialects.arguments import whole_number
     from ...dialects.instances import format_of
@@ -80,7 +87,7 @@ def _contractions(args: argparse.Namespace) -> int:
     if args.formats:
         raise UsageError("bench --contractions measures layers of its own: leave the formats out")
     rounds = whole_number("rounds", args.rounds, 1, 1000)
-    width = whole_number("width", args.width, 32, 8192)
+    width = whole_number("width", 2048 if args.width is None else args.width, 32, 8192)
     cases = [(*formats, ROWS, width) for formats in GEMMS] + [(*formats, 1, 2 * width) for formats in GEMVS]
     if args.json:
         found = [measure_linear(*case, case[-1], rounds) for case in cases]

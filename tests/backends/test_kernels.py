@@ -250,6 +250,9 @@ def test_the_reference_and_the_switch_leave_kernels_out(monkeypatch: pytest.Monk
     assert why_not(fmt, how, torch.float32) == "MXLOOM_KERNELS is eager"
     x = DATA["normal"]
     assert torch.equal(mxloom.fake_quantize(x, "mxfp4"), formats.quantize(x, fmt))
+    monkeypatch.setenv("MXLOOM_KERNELS", "egaer")
+    with pytest.raises(UsageError, match="MXLOOM_KERNELS is 'egaer'"):
+        mxloom.fake_quantize(x, "mxfp4")
 
 
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "int8_tensor", "int8_channel", "fixed<8,6>", "ternary"])

@@ -54,9 +54,27 @@ def test_a_table_of_linear_layers(capsys: pytest.CaptureFixture[str]) -> None:
         (["mxpf4"], "unknown format 'mxpf4' (did you mean"),
         (["--contractions", "mxfp4"], "leave the formats out"),
         (["--contractions", "--width", "8"], "width is a whole number from 32 to 8192, got 8"),
+        (["--width", "64"], "--contractions"),
         (["--rounds", "0"], "rounds is a whole number from 1 to 1000, got 0"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--contractions"]])
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [("eager", "MXLOOM_KERNELS is eager: there are no kernels"), ("egaer", "MXLOOM_KERNELS is 'egaer'")],
+)
+def test_without_kernels_nothing_is_measured(
+    chosen: str,
+    message: str,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MXLOOM_KERNELS", chosen)
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err

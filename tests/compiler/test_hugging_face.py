@@ -3,6 +3,7 @@
 # What a module holds by name is typed as a tensor or a module.
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
+import gc
 from typing import Any
 
 import pytest
@@ -94,6 +95,47 @@ def test_exact_sums_are_those_of_the_compiled_model(name: str):
         logits = exact.to_hf()(input_ids=ids, attention_mask=mask, use_cache=False).logits
     assert torch.equal(logits, exact(input_ids=ids, attention_mask=mask).logits)
     assert not torch.equal(logits, compiled(name)(input_ids=ids, attention_mask=mask).logits)
+
+
+def exact_model() -> torch.nn.Module:
+    return compiled("llama_tied", {**RECIPE, "passes": ["accumulate"]}).to_hf()
+
+
+def test_a_changed_weight_of_a_layer_on_codes_is_told():
+    model = exact_model()
+    ids, mask = prompt()
+    model.load_state_dict(model.state_dict())  # written, and the same
+    model(input_ids=ids, attention_mask=mask)
+    layer: Any = model.get_submodule("model.layers.0.mlp.down_proj")
+    with torch.no_grad():
+        layer.weight[0, 0] += 1
+    with pytest.raises(MxloomError, match=r"weight or bias of model\.layers\.0\.mlp\.down_proj was changed"):
+        model(input_ids=ids, attention_mask=mask)
+
+
+def test_layers_on_codes_have_gradients_after_their_model_is_gone():
+    """The straight-through gradient: that of the linear layer with the rounded weight."""
+    model = exact_model()
+    layer: Any = model.get_submodule("model.layers.0.mlp.down_proj")
+    weight = layer.weight.detach().clone()
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = layer(x)
+    del model, layer
+    gc.collect()
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, torch.ones(3, weight.shape[0]) @ weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("passes", [[], ["accumulate"]], ids=["fast", "exact"])
+def test_torch_compile_keeps_the_bits(passes: list[str]):
+    """`aot_eager` traces as `inductor` does, and runs torch's own operations, whose bits fusion may change."""
+    model = compiled("llama_tied", {**RECIPE, "passes": passes}).to_hf()
+    ids, mask = prompt()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        traced = torch.compile(model, backend="aot_eager")
+        assert torch.equal(traced(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])

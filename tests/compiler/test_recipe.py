@@ -126,6 +126,8 @@ def test_plain_values_and_back() -> None:
         ("version: 1\nrounding: up", "known: rne, rna, rtz, stochastic"),
         ("version: 1\npasses:\n- pack\n- pakc", 'r.yaml:4: passes 2: there is no pass "pakc" (did you mean "pack"?)'),
         ("version: 1\npasses: ['quantize{weihgts=x}']", 'has no option "weihgts" (did you mean "weights"?)'),
+        ("version: 1\npasses:\n- accumulate{format=e5m10}", 'r.yaml:3: passes 1: no accumulator is called "e5m10"'),
+        ("version: 1\npasses: ['accumulate{partials=0}']", "at least one partial sum, got 0"),
         ("version: 1\nevaluate: {context: 8}", 'r.yaml:2: "text" is missing in evaluate'),
         ("version: 1\nevaluate: {text: t, contxt: 8}", 'unknown key "contxt" in evaluate (did you mean "context"?)'),
         ("version: 1\nevaluate: {text: t, limit: 0}", "evaluate, limit: "),

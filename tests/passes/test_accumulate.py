@@ -33,7 +33,7 @@ def test_mode_exact_is_the_pass_at_the_end() -> None:
     assert compiled.pipeline == "quantize{weights=mxfp4 activations=mxint8},accumulate"
     assert accumulators(compiled) == ["f32", "f32"]
     assert compiled.coverage().accumulators == {"f32": 1.0}
-    assert "MACs summed exactly inside blocks, then 100.0% in f32" in compiled.coverage().summary()
+    assert "100.0% of MACs summed exactly inside blocks, blocks added in f32" in compiled.coverage().summary()
 
 
 def test_a_recipe_chooses_layers_and_formats() -> None:
@@ -45,7 +45,15 @@ def test_a_recipe_chooses_layers_and_formats() -> None:
     assert accumulators(compiled) == ["e8m13 rtz x 4", None]
     assert compiled.coverage().accumulators == {"e8m13 rtz x 4": 0.5, "torch": 0.5}
     assert compiled.coverage().torch_sums == (("second", 0.5),)
-    assert "50.0% in e8m13 rtz x 4; in torch's f32: second 50.0%" in compiled.coverage().summary()
+    assert "blocks added in e8m13 rtz x 4; in torch's f32: second 50.0%" in compiled.coverage().summary()
+
+
+def test_the_first_match_decides() -> None:
+    passes = ["accumulate{match=first format=bf16},accumulate{partials=2}"]
+    compiled = mxloom.compile(
+        Layers(), {"quantize": [{"weights": "mxint8", "activations": "mxint8"}], "passes": passes}, example={"x": X}
+    )
+    assert accumulators(compiled) == ["bf16", "f32 x 2"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +61,7 @@ def test_a_recipe_chooses_layers_and_formats() -> None:
     [
         ("accumulate", "no layer takes an accumulator: the input is f32, not quantized"),
         ("quantize{weights=mxfp4},accumulate", "the input is f32, not quantized"),
-        ("quantize{weights=mxfp4 activations=mxint8},accumulate{match=third}", "no linear layer is called 'third'"),
+        ("quantize{weights=mxfp4 activations=mxint8},accumulate{match=third}", "'third' matches 0 of 2 linear layers"),
         ("quantize{weights=mxfp4 activations=mxint8},accumulate{format=f16}", 'no accumulator is called "f16"'),
         ("quantize{weights=mxfp4 activations=mxint8},accumulate{partials=0}", "at least one partial sum, got 0"),
     ],

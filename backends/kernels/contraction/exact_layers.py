@@ -202,18 +202,28 @@ def _experts_fake(input: Tensor, index: Tensor, layers: int) -> Tensor:
 
 
 def _keep_experts(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Any) -> None:
-    ctx.layers, ctx.dtype = inputs[2], inputs[0].dtype
+    ctx.group, ctx.handle, ctx.dtype = _GROUPS[inputs[2]], inputs[2], inputs[0].dtype
     ctx.save_for_backward(inputs[1])
 
 
 def _experts_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     (index,) = ctx.saved_tensors
-    layers = _GROUPS[ctx.layers].layers
-    found = gradient.new_empty((gradient.shape[0], layers[0].size))
-    for number, layer in enumerate(layers):
+    found = torch.ops.mxloom_kernels.exact_experts_backward.default(gradient, index, ctx.handle)
+    return found.to(ctx.dtype), None, None
+
+
+def exact_experts_backward(gradient: Tensor, index: Tensor, layers: int) -> Tensor:
+    """The gradient of the rows that experts read, from that of their results."""
+    held = _GROUPS[layers].layers
+    found = gradient.new_zeros((gradient.shape[0], held[0].size))
+    for number, layer in enumerate(held):
         rows = (index == number).nonzero()[:, 0]
         found[rows] = gradient[rows] @ _weight_values(layer).to(gradient.device)
-    return found.to(ctx.dtype), None, None
+    return found
+
+
+def _experts_backward_fake(gradient: Tensor, index: Tensor, layers: int) -> Tensor:
+    return gradient.new_empty((gradient.shape[0], _GROUPS[layers].layers[0].size))
 
 
 def _weight_values(layer: ExactLinear) -> Tensor:
@@ -223,17 +233,28 @@ def _weight_values(layer: ExactLinear) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, int], output: Any) -> None:
-    ctx.layers, ctx.dtype = inputs[1], inputs[0].dtype
+    """The group is kept too: the model may go before its gradients are asked for."""
+    ctx.group, ctx.handle, ctx.dtype = _GROUPS[inputs[1]], inputs[1], inputs[0].dtype
 
 
 def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, None]:
     """Gradients times the weights' values: rounding passes them straight through."""
+    found = torch.ops.mxloom_kernels.exact_layers_backward.default(list(gradients), ctx.handle)
+    return found.to(ctx.dtype), None
+
+
+def exact_layers_backward(gradients: Sequence[Tensor], layers: int) -> Tensor:
+    """The gradient of the value that layers read, from those of their results."""
     found: Tensor | None = None
-    for layer, gradient in zip(_GROUPS[ctx.layers].layers, gradients, strict=True):
+    for layer, gradient in zip(_GROUPS[layers].layers, gradients, strict=True):
         part = gradient @ _weight_values(layer).to(gradient.device)
         found = part if found is None else found + part
     assert found is not None
-    return found.to(ctx.dtype), None
+    return found
+
+
+def _backward_fake(gradients: Sequence[Tensor], layers: int) -> Tensor:
+    return gradients[0].new_empty((*gradients[0].shape[:-1], _GROUPS[layers].layers[0].size))
 
 
 def _batched(info: Any, in_dims: tuple[int | None, None], input: Tensor, layers: int) -> tuple[list[Tensor], list[int]]:
@@ -252,14 +273,22 @@ def register() -> object:
     """
     library = torch.library.Library("mxloom_kernels", "FRAGMENT")
     library.define("exact_layers(Tensor input, int layers) -> Tensor[]")
-    library.impl("exact_layers", exact_layers, "CompositeExplicitAutograd")
+    library.impl("exact_layers", torch_operators.untraced(exact_layers), "CompositeExplicitAutograd")
     torch.library.register_fake("mxloom_kernels::exact_layers", _fake, lib=library)
     torch.library.register_autograd("mxloom_kernels::exact_layers", _backward, setup_context=_keep, lib=library)
     library.define("exact_experts(Tensor input, Tensor index, int layers) -> Tensor")
-    library.impl("exact_experts", exact_experts, "CompositeExplicitAutograd")
+    library.impl("exact_experts", torch_operators.untraced(exact_experts), "CompositeExplicitAutograd")
     torch.library.register_fake("mxloom_kernels::exact_experts", _experts_fake, lib=library)
     torch.library.register_autograd(
         "mxloom_kernels::exact_experts", _experts_backward, setup_context=_keep_experts, lib=library
     )
+    library.define("exact_layers_backward(Tensor[] gradients, int layers) -> Tensor")
+    library.impl("exact_layers_backward", torch_operators.untraced(exact_layers_backward), "CompositeExplicitAutograd")
+    torch.library.register_fake("mxloom_kernels::exact_layers_backward", _backward_fake, lib=library)
+    library.define("exact_experts_backward(Tensor gradient, Tensor index, int layers) -> Tensor")
+    library.impl(
+        "exact_experts_backward", torch_operators.untraced(exact_experts_backward), "CompositeExplicitAutograd"
+    )
+    torch.library.register_fake("mxloom_kernels::exact_experts_backward", _experts_backward_fake, lib=library)
     torch.library.register_vmap("mxloom_kernels::exact_layers", _batched, lib=library)
     return library
