@@ -16,6 +16,7 @@ from ._error_definition import errors_by_torch
 from ._layout import block_numbers
 from ._prepared import tensor_scale
 from ._team import team_size
+from ._values import values_on_cpu
 from .block_function import BlockFunction, element_function, measure_function
 from .error_function import Candidates, candidate_scale_function, error_function
 from .errors_kernel import errors_kernel
@@ -54,8 +55,9 @@ def candidate_errors(
 
     how = how or Rounding()
     numbers = _numbers(fmt, how, candidates, kind)
+    values = values_on_cpu("x", x)
     tiling = fmt.tiling(x.shape)
-    source = tiling.stream(x.detach().to(torch.float32)).contiguous()
+    source = tiling.stream(values).contiguous()
     size = source.numel() // max(1, prod(tiling.grid))
     if not source.numel():
         return torch.zeros((*tiling.grid, candidates.numel()), dtype=torch.float64)
@@ -63,13 +65,22 @@ def candidate_errors(
     if numbers.tensor_scale:
         over = tensor_scale(source, numbers, team_size(source.numel())) if global_scale is None else global_scale
     blocks = source.view(-1, size)
-    own = None if weights is None else tiling.stream(weights.to(torch.float32).expand(x.shape)).view(-1, size)
+    own = None if weights is None else tiling.stream(_factors(weights, x)).reshape(-1, size)
     wide = candidates.detach().to(torch.float64)
     if native.why_not() is None:
         found = _by_kernel(blocks, numbers, wide, kind, own, over)
     else:
         found = errors_by_torch(blocks, numbers, wide, kind, own, over)
     return found.reshape(*tiling.grid, candidates.numel())
+
+
+def _factors(weights: Tensor, x: Tensor) -> Tensor:
+    """The weights in the shape of `x`."""
+    factors = values_on_cpu("weights", weights)
+    try:
+        return factors.expand(x.shape)
+    except RuntimeError:
+        raise UsageError(f"weights of shape {list(factors.shape)} do not broadcast to {list(x.shape)}") from None
 
 
 def stored_scales(fmt: BlockType) -> Tensor:
@@ -90,8 +101,12 @@ def stored_scales(fmt: BlockType) -> Tensor:
 
 def _numbers(fmt: BlockType, how: Rounding, candidates: Tensor, kind: Candidates) -> BlockFunction:
     """The numbers of the format, or why candidates of this kind mean nothing for it."""
+    import torch
+
     if kind not in get_args(Candidates):
         raise UsageError(f"kind is one of {', '.join(get_args(Candidates))}, got {kind!r}")
+    if not isinstance(candidates, torch.Tensor) or not candidates.is_cpu or not candidates.is_floating_point():
+        raise UsageError("candidates are a row of floats on the CPU: make them with torch.tensor([...])")
     if candidates.dim() != 1 or not candidates.numel():
         raise UsageError(f"candidates are one row of numbers, got {list(candidates.shape)}")
     if not all(isfinite(value) and value > 0 for value in (candidates.min().item(), candidates.max().item())):

@@ -6,8 +6,11 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...dialects.arguments import whole_number
+from ...dialects.errors import UsageError
 from . import native
 from ._team import team_size
+from ._values import values_on_cpu
 from .statistics_kernel import LANES, statistics_kernel
 
 if TYPE_CHECKING:
@@ -38,13 +41,15 @@ def block_statistics(x: Tensor, size: int | None = None) -> Statistics:
     """The statistics of the blocks of `size` values along the last dimension of `x` (None: of the whole dimension).
 
     x: f32, bf16 or f16 on a CPU, at least one dimension, not empty. A last block that is shorter has the statistics of
-    its own values.
+    its own values. Raises UsageError for other tensors and for a size below 1.
     """
     import torch
 
-    values = x.detach().to(torch.float32)
+    values = values_on_cpu("x", x)
+    if not values.dim() or not values.numel():
+        raise UsageError(f"nothing has the statistics of blocks in a tensor of shape {list(values.shape)}")
     length = values.shape[-1]
-    size = min(size or length, length)
+    size = length if size is None else min(whole_number("size", size, 1), length)
     whole = length // size * size
     parts = [_of_rows(values[..., :whole], size)]
     if whole < length:
@@ -53,13 +58,14 @@ def block_statistics(x: Tensor, size: int | None = None) -> Statistics:
 
 
 def tensor_statistics(x: Tensor) -> Statistics:
-    """The statistics of all values of an f32 tensor, not empty: those of pieces of 16384 values, brought together.
+    """The statistics of all values of a tensor: those of pieces of 16384 values, brought together.
 
-    Their sums are added by torch, in no stated order.
+    x: f32, bf16 or f16 on a CPU, not empty; UsageError otherwise. Sums of pieces are added by torch, in no
+    stated order.
     """
     import torch
 
-    pieces = block_statistics(x.reshape(-1), PIECE)
+    pieces = block_statistics(values_on_cpu("x", x).reshape(-1), PIECE)
     joined = [pieces.minimum.amin(), pieces.maximum.amax(), pieces.largest.amax(), *(part.sum() for part in pieces[3:])]
     return Statistics(*(part.to(torch.float64) if i > 2 else part for i, part in enumerate(joined)))
 

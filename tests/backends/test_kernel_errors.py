@@ -129,3 +129,21 @@ def test_what_means_nothing(format: str, candidates: list[float], kind: Any, mes
     assert message in str(raised.value)
     with pytest.raises(UsageError, match="too many"):
         stored_scales(block_type("int8_channel"))
+
+
+@pytest.mark.parametrize("given", ["x", "weights", "candidates"])
+def test_what_cannot_be_read_is_refused(given: str) -> None:
+    """Memory is read by address: what has none here must not come so far."""
+    right: dict[str, Any] = {"x": torch.ones(2, 32), "weights": torch.ones(2, 32), "candidates": torch.ones(1)}
+    for wrong in (None, [1.0], torch.ones(2, 32, device="meta"), torch.ones(2, 32, dtype=torch.int32)):
+        values = {**right, given: wrong}
+        if values["weights"] is None:
+            continue
+        with pytest.raises(UsageError, match=given):
+            candidate_errors(values["x"], block_type("mxfp4"), values["candidates"], weights=values["weights"])
+    with pytest.raises(UsageError, match=r"weights of shape \[3, 32\] do not broadcast to \[2, 32\]"):
+        candidate_errors(right["x"], block_type("mxfp4"), right["candidates"], weights=torch.ones(3, 32))
+    transposed = torch.rand(32, 4, generator=torch.Generator().manual_seed(0)).t()
+    errors = candidate_errors(transposed, block_type("mxfp4"), CLIPS, weights=transposed)
+    dense = transposed.contiguous()
+    assert torch.equal(errors, candidate_errors(dense, block_type("mxfp4"), CLIPS, weights=dense))

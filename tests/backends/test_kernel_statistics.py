@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from mxloom.backends.kernels import native, statistics
 from mxloom.backends.kernels.statistics import Statistics, block_statistics, by_torch, tensor_statistics
+from mxloom.dialects.errors import UsageError
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -64,3 +66,25 @@ def test_without_native_code_torch_gives_the_same(monkeypatch: pytest.MonkeyPatc
     expected = block_statistics(x, 32)
     monkeypatch.setattr(statistics.native, "why_not", lambda: "no reason")
     assert same(block_statistics(x, 32), expected)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([1.0], "x is a torch tensor, got a list"),
+        (torch.ones(4, dtype=torch.float64), "x is f32, bf16 or f16, got torch.float64"),
+        (torch.ones(4, device="meta"), "x lies in memory of the CPU, got one on meta"),
+        (torch.ones(4).to_sparse(), "x is a dense tensor"),
+        (torch.ones(0, 4), r"in a tensor of shape \[0, 4\]"),
+        (torch.tensor(1.0), r"in a tensor of shape \[\]"),
+    ],
+)
+def test_what_has_no_statistics_is_refused(x: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        block_statistics(x)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+def test_a_size_of_blocks_is_a_number_above_zero(size: Any) -> None:
+    with pytest.raises(UsageError, match="size is a whole number of 1 or more"):
+        block_statistics(torch.ones(4), size)
