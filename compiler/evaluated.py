@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..dialects.errors import MxloomError, UsageError
+from ..dialects.operations.contraction import ExpertLinearOp, LinearOp
 from .example_inputs import task_of
 from .model_source import ModelSource, open_model
 
@@ -140,7 +141,11 @@ def _opened(path: Path) -> Compiled | ModelSource:
 
 
 def _compiled(compiled: Compiled) -> Evaluated:
-    return _of_source(compiled.source, compiled)
+    stated = sorted(
+        {op.acc.label for op in compiled.module.walk() if isinstance(op, LinearOp | ExpertLinearOp) and op.acc}
+    )
+    found = _of_source(compiled.source, compiled)
+    return replace(found, dtype=f"{found.dtype}, linear layers summed in {', '.join(stated)}") if stated else found
 
 
 def _source(source: ModelSource) -> Evaluated:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from ..backends.cost import TORCH
 from ..dialects.operations._origin import parameters_of
 from ..dialects.operations.parameter import ParameterOp
 from ..passes._sites import Site, module_name, sites
@@ -57,6 +58,8 @@ class Inspection:
     wide: tuple[Wide, ...]
     opaque: dict[str, int]
     ties: dict[str, str]
+    sums: dict[str, float]
+    """Shares of MACs by how products are summed: an accumulator's name, or `torch` for its f32 product."""
 
     @property
     def macs(self) -> int:
@@ -87,6 +90,8 @@ class Inspection:
             parts.append("decided together\n" + "\n".join(_folded_groups(shared)))
         parts.append(_wide_table(self.wide, self.bytes))
         opaque = ", ".join(f"{name} ({count})" for name, count in sorted(self.opaque.items())) or "none"
+        if set(self.sums) - {TORCH}:
+            parts.append("sums: " + ", ".join(f"{name} {share:.1%} of MACs" for name, share in self.sums.items()))
         parts.append(f"torch operators kept as they came: {opaque}")
         return "\n\n".join(part for part in parts if part)
 
@@ -106,6 +111,7 @@ def inspect(compiled: Compiled, *, batch: int = 1, sequence: int = 512) -> Inspe
         wide=tuple(_wide(compiled.module, stored)),
         opaque=dict(Counter(_target(op) for op in compiled.module.walk() if op.name == "mx.aten")),
         ties=dict(compiled.weights.aliases),
+        sums=compiled.coverage(batch=batch, sequence=sequence).accumulators,
     )
 
 

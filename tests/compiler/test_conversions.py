@@ -7,6 +7,7 @@ from torch import nn
 import mxloom
 from mxloom.backends.kernels import native
 from mxloom.backends.kernels.contraction.datapath import BYTES, DOUBLES, WORDS
+from mxloom.compiler.inspection import inspect
 from mxloom.dialects.formats import Rounding
 
 
@@ -42,3 +43,14 @@ def test_exact_layers_name_their_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all((each.accumulator, each.count, each.why_not) == ("f32", 1, None) for each in found.values())
     monkeypatch.setenv("MXLOOM_KERNELS", "eager")
     assert [str(each) for each in compiled.summations] == ["1 x linear, f32: torch (MXLOOM_KERNELS is eager)"] * 2
+
+
+def test_evaluation_and_inspection_say_how_products_are_summed() -> None:
+    recipe = {"quantize": [{"weights": "mxfp4", "activations": "mxint8"}], "passes": ["accumulate{format=bf16}"]}
+    narrow = mxloom.compile("examples/models/kjv-2m", recipe)
+    found = mxloom.evaluate(narrow, "examples/models/kjv-2m/held_out.txt", context=8, limit=1)
+    assert str(found.protocol).endswith("7 tokens, f32, linear layers summed in bf16")
+    shares = narrow.coverage(sequence=512).accumulators
+    seen = inspect(narrow)
+    assert seen.sums == shares
+    assert f"sums: bf16 {shares['bf16']:.1%} of MACs, torch {shares['torch']:.1%} of MACs" in str(seen)
