@@ -36,8 +36,8 @@ def to_hf(compiled: Compiled) -> Any:
 
     Each linear, convolution and embedding gets its rounded weight and rounds its input; attention rounds its operands
     behind the cache. A layer with an accumulator multiplies the codes of its weight, and raises MxloomError where the
-    weight was changed since (not inside torch.compile, which looks at no values). Raises MxloomError, naming the
-    operation, where a cast belongs to no module of the model.
+    weight was changed since (not inside torch.compile, which looks at no values). `save_pretrained` is refused where
+    anything but weights is rounded. Raises MxloomError, naming the operation, where a cast belongs to no module.
     """
     model: Any = compiled.source.loaded()
     model = deepcopy(model) if model is compiled.source.model else model
@@ -61,7 +61,17 @@ def to_hf(compiled: Compiled) -> Any:
                 f"the cast %{op.result.name_hint or '?'} rounds a value between the modules of {compiled.source.name}, "
                 "which no Hugging Face module stands for; run the compiled model itself"
             )
+    if any(hasattr(module, "round_input") or hasattr(module, "mxloom_attention") for module in model.modules()):
+        model.save_pretrained = _no_folder
     return model
+
+
+def _no_folder(*_: Any, **__: Any) -> None:
+    """Refuse to write the model without what it rounds at run time."""
+    raise MxloomError(
+        "a Hugging Face folder holds no rounding of inputs, so the model that it loads would compute something else: "
+        "use save() of the compiled model, which mxloom.load() reads, or keep the rounded weights by state_dict()"
+    )
 
 
 def _transfer(op: Operation, model: nn.Module, compiled: Compiled, reached: set[CastOp]) -> None:

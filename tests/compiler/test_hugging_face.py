@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,19 @@ def test_a_changed_weight_of_a_layer_on_codes_is_told():
         layer.weight[0, 0] += 1
     with pytest.raises(MxloomError, match=r"weight or bias of model\.layers\.0\.mlp\.down_proj was changed"):
         model(input_ids=ids, attention_mask=mask)
+
+
+def test_a_folder_of_transformers_holds_weights_alone(tmp_path: Path):
+    with pytest.raises(MxloomError, match=r"use save\(\) of the compiled model"):
+        compiled("llama_tied").to_hf().save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    model = compiled("llama_tied", {"quantize": [{"weights": "mxfp4"}]}).to_hf()
+    model.save_pretrained(tmp_path)
+    ids, mask = prompt()
+    with torch.no_grad():
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        logits = again(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        assert torch.equal(logits, model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
 
 
 def test_layers_on_codes_have_gradients_after_their_model_is_gone():
