@@ -11,7 +11,8 @@ from xdsl.passes import ModulePass
 from ..dialects.accumulator import AccumulatorAttr
 from ..dialects.errors import UsageError
 from ..dialects.operations.contraction import ExpertLinearOp, LinearOp, why_no_accumulator
-from ._sites import module_name
+from ..dialects.operations.parameter import ParameterOp
+from ._sites import module_name, root
 from .quantize import matches, nearest
 
 
@@ -20,7 +21,7 @@ class Accumulate(ModulePass):
     """Sum the products of linear layers, also of experts, exactly inside a block, then in `format`, as hardware does.
 
     Several in a row are a list, and the first match wins. `match` chooses modules as in `quantize`; a layer whose
-    operands have no codes (one is wide) is left as it is.
+    operands have no codes (one is wide), or whose weight or bias the model computes, is left as it is.
     `format` is f32, bf16 or e8m1 to e8m23; `rounding` of the accumulator is rne or rtz; `partials` sums are formed in
     turn and added at the end. Raises UsageError where no layer is changed.
     """
@@ -58,4 +59,10 @@ class Accumulate(ModulePass):
 
 
 def _why_not(layer: LinearOp | ExpertLinearOp) -> str | None:
-    return why_no_accumulator(layer) if layer.acc is None else "an earlier accumulate decided"
+    if layer.acc is not None:
+        return "an earlier accumulate decided"
+    for name, value in (("weight", layer.weight), ("bias", layer.bias)):
+        # Weights are packed once, before the model runs, from what the checkpoint holds.
+        if value is not None and not isinstance(root(value).owner, ParameterOp):
+            return f"the {name} is computed in the model"
+    return why_no_accumulator(layer)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mxloom
+from mxloom.backends.reference import Interpreter
 from mxloom.dialects.errors import MxloomError, UsageError
 from mxloom.dialects.operations.contraction import LinearOp
 
@@ -46,6 +47,27 @@ def test_a_recipe_chooses_layers_and_formats() -> None:
     assert compiled.coverage().accumulators == {"e8m13 rtz x 4": 0.5, "torch": 0.5}
     assert compiled.coverage().torch_sums == (("second", 0.5),)
     assert "blocks added in e8m13 rtz x 4; in torch's f32: second 50.0%" in compiled.coverage().summary()
+
+
+class Computed(Layers):
+    """Weights and biases that the model computes, in the ways that models do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        whole = torch.nn.functional.linear(x, self.first.weight + self.second.weight)
+        part = torch.nn.functional.linear(whole[:, :33], self.first.weight[:, :33])
+        biased = torch.nn.functional.linear(part, self.first.weight, self.first.bias * 2)
+        return self.second(biased)
+
+
+def test_layers_with_computed_weights_keep_the_sum_of_torch() -> None:
+    """Found by hand: they were compiled, and refused when the model was called."""
+    compiled = mxloom.compile(Computed(), weights="mxfp4", activations="mxint8", example={"x": X}, mode="exact")
+    assert accumulators(compiled) == [None, None, None, "f32"]
+    x = X[:2]
+    assert torch.equal(compiled(x), Interpreter(compiled.module, compiled.weights)(x)[0])
+    recipe = {"passes": ["quantize{weights=mxfp4 activations=mxint8},accumulate{match=linear}"]}
+    with pytest.raises(MxloomError, match="the weight is computed in the model"):
+        mxloom.compile(Computed(), recipe, example={"x": X})
 
 
 def test_the_first_match_decides() -> None:
