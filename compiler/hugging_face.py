@@ -124,9 +124,15 @@ def _sum_exactly(op: LinearOp | ExpertLinearOp, model: nn.Module, compiled: Comp
 
 def _check_weights(module: Any) -> None:
     """Raise MxloomError where weight or bias are no longer those whose codes the layer multiplies."""
+    import torch
+
     state = _state(module)
     if state == module.packed_state:
         return
+    if module.weight.dtype != torch.float32:
+        raise MxloomError(
+            f"{module.packed_name} was converted to {module.weight.dtype}, but layers on codes sum in f32"
+        )
     if _digest(module) != module.packed_from:
         raise MxloomError(
             f"the weight or bias of {module.packed_name} was changed, but the layer sums the codes of the old one: "
@@ -146,10 +152,12 @@ def _version(tensor: Tensor) -> int:
 
 
 def _digest(module: Any) -> str:
+    import torch
+
     held = [tensor for tensor in (module.weight, module.bias) if tensor is not None]
     if any(tensor.is_meta for tensor in held):
         return str(module.packed_from)
-    content = [tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in held]
+    content = [tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for tensor in held]
     return sha256(b"".join(content)).hexdigest()
 
 

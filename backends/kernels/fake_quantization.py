@@ -248,6 +248,8 @@ def _check_out(out: Any, x: Tensor) -> None:
     if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         found, asked = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (out, x))
         raise UsageError(f"out is {found}, but x is {asked}: make it with torch.empty_like(x)")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise UsageError("elements of out share memory, as in an expanded tensor: make it with torch.empty_like(x)")
     if out.requires_grad:
         raise UsageError("out requires a gradient, which a tensor that is overwritten cannot have: use out.detach()")
 

@@ -166,6 +166,7 @@ def test_out_is_written_and_returned(format: str) -> None:
         (torch.empty(2, 3), r"out is torch.float32 \[2, 3\] on cpu, but x is torch.float32 \[64, 96\] on cpu"),
         (torch.empty(64, 96, dtype=torch.float64), "out is torch.float64"),
         (torch.empty(64, 96, requires_grad=True), "out requires a gradient"),
+        (torch.empty(1, 96).expand(64, 96), "elements of out share memory"),
         (3, "out is a torch tensor, got 3"),
     ],
 )

@@ -114,6 +114,13 @@ def test_a_changed_weight_of_a_layer_on_codes_is_told():
         model(input_ids=ids, attention_mask=mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_layers_on_codes_stay_in_f32(dtype: torch.dtype):
+    ids, mask = prompt()
+    with pytest.raises(MxloomError, match=f"q_proj was converted to {dtype}, but layers on codes sum in f32"):
+        exact_model().to(dtype)(input_ids=ids, attention_mask=mask)
+
+
 def test_a_folder_of_transformers_holds_weights_alone(tmp_path: Path):
     with pytest.raises(MxloomError, match=r"use save\(\) of the compiled model"):
         compiled("llama_tied").to_hf().save_pretrained(tmp_path / "refused")
