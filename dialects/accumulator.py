@@ -76,10 +76,10 @@ class AccumulatorAttr(ParametrizedAttribute):
             if parser.parse_optional_punctuation(",") is not None:
                 partials = parser.parse_integer(allow_boolean=False, allow_negative=False)
         try:
-            mantissa = _mantissa(format)
+            found = cls.of(format, rounding, partials)
         except UsageError as error:
             parser.raise_error(str(error), place, parser.pos)
-        return [IntAttr(mantissa), StringAttr(rounding), IntAttr(partials)]
+        return [found.mantissa, found.rounding, found.partials]
 
     def print_parameters(self, printer: Printer) -> None:
         with printer.in_angle_brackets():

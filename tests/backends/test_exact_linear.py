@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.utils.exceptions import VerifyException
+from xdsl.utils.exceptions import ParseError, VerifyException
 
 import mxloom
 from mxloom.backends.emulate import Emulate, build
@@ -111,6 +111,13 @@ def test_accumulators_change_what_they_should() -> None:
     assert 2**-18 < errors[2] < 2**-11
     assert 2**-12 < errors[3] < 2**-6
     assert not torch.equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("partials", [2, 9, 40, 10**9])
+def test_any_number_of_partial_sums(partials: int) -> None:
+    """More than the code spells out one by one, and more than there are blocks, whose sums stay empty."""
+    module = exact("int4_g32", "mxint8", format="bf16", partials=partials)
+    assert all_equal(outputs(module, store(), inputs()))
 
 
 def groups(emulation: nn.Module) -> list[ExactLayers]:
@@ -367,3 +374,20 @@ def test_values_whose_scales_are_lost_are_refused() -> None:
       }}"""
     with pytest.raises(VerifyException, match="whose scales are not kept"):
         parse_module(text)
+
+
+@pytest.mark.parametrize(
+    ("accumulator", "message"),
+    [
+        ("e8m99", "an accumulator has 1 to 23 mantissa bits, got 99"),
+        ("f16", 'no accumulator is called "f16"'),
+        ("e8m13, rna", 'an accumulator rounds "rne" or "rtz", got "rna"'),
+        ("e8m13, rtz, 0", "at least one partial sum, got 0"),
+    ],
+)
+def test_a_wrong_accumulator_in_a_text_is_told_with_its_line(accumulator: str, message: str) -> None:
+    text = f""""builtin.module"() ({{\n}}) {{a = #mx.accumulator<{accumulator}>}} : () -> ()"""
+    with pytest.raises(ParseError) as raised:
+        parse_module(text)
+    assert message in str(raised.value)
+    assert ":2:" in str(raised.value)

@@ -40,6 +40,9 @@ FIELDS = (*POINTERS, *COUNTS)
 """What the kernel reads, 8 bytes each: addresses, then the segments of K, the steps in one, the rows, and the length of
 a row of the result."""
 
+UNROLLED = 8
+"""Partial sums up to which each has a loop of its own; for more of them the code would only grow."""
+
 
 @dataclass(frozen=True)
 class LinearNumbers:
@@ -153,11 +156,20 @@ class _Linear:
             dots = self._dots(index, codes, sums)
             return self._accumulated(index, accumulators, dots, scales)
 
-        total: Sequence[SSAValue] = []
-        for first in range(n.partials):
-            own = w.loop(w.constant(first), self.given["segments"], n.partials, [zero] * len(self.tile), segment)
-            sums_ = zip(total, own, strict=True)
-            total = own if first == 0 else [self._narrowed(w.add(llvm.FAddOp(a, b))) for a, b in sums_]
+        def partial(first: SSAValue, total: Sequence[SSAValue]) -> Sequence[SSAValue]:
+            own = w.loop(first, self.given["segments"], n.partials, [zero] * len(self.tile), segment)
+            return (
+                own
+                if not total
+                else [self._narrowed(w.add(llvm.FAddOp(a, b))) for a, b in zip(total, own, strict=True)]
+            )
+
+        total = partial(w.constant(0), [])
+        if n.partials <= UNROLLED:
+            for first in range(1, n.partials):
+                total = partial(w.constant(first), total)
+        else:
+            total = w.loop(w.constant(1), w.constant(n.partials), 1, total, partial)
         self._store(rows, total)
         return []
 

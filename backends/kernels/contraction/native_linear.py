@@ -57,7 +57,7 @@ class PackedLinear:
             panels=1,
             mantissa=accumulator.mantissa.data,
             rounding=accumulator.rounding.data,
-            partials=accumulator.partials.data,
+            partials=max(1, min(accumulator.partials.data, -(-self.size // self.length))),  # the others stay empty
             bias=bias is not None,
             scale_step=self.packed.scale_step,
         )
