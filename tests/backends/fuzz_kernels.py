@@ -168,7 +168,8 @@ def measure_tensor(case: Case) -> None:
     if not x.numel():
         return
     size = min(case.draw.choice([1, 8, 16, 31, 64, 1000]), x.shape[-1])
-    parts = [by_torch(part[..., None, :].float()) for part in x.split(size, -1)]
+    # Widened as a whole: torch gives a NaN in f16 one sign in its vectors and another in what is left over.
+    parts = [by_torch(part[..., None, :]) for part in x.float().split(size, -1)]
     found = block_statistics(x, size)
     for one, own in zip(found, zip(*parts, strict=True), strict=True):
         assert same(one, torch.cat(own, -1)), f"statistics of {size}: {case}"
