@@ -101,6 +101,14 @@ class Cost:
         return sum(c.macs for c in self.contractions)
 
     @property
+    def sums(self) -> dict[str, float]:
+        """Shares of MACs by how products are summed: an accumulator's name, or `torch` for its f32 product."""
+        found = dict[str, float]()
+        for c in self.contractions:
+            found[c.accumulator] = found.get(c.accumulator, 0.0) + ratio(c.macs, self.macs)
+        return found
+
+    @property
     def traffic_bytes(self) -> int:
         return sum(c.traffic_bytes for c in self.contractions)
 

@@ -53,16 +53,15 @@ class Coverage:
 
     def _summed(self) -> str:
         """How products are summed, where some operations state it."""
-        stated = [f"{share:.1%} in {name}" for name, share in self.accumulators.items() if name != TORCH]
-        total = sum(share for name, share in self.accumulators.items() if name != TORCH)
-        blocks = stated[0].rpartition(" in ")[2] if len(stated) == 1 else ", ".join(stated)
+        stated = {name: share for name, share in self.accumulators.items() if name != TORCH}
+        blocks = ", ".join(name if len(stated) == 1 else f"{name} ({share:.1%})" for name, share in stated.items())
         shares: dict[str, float] = {}
         for name, share in self.torch_sums:
             shares[_folded(name)] = shares.get(_folded(name), 0.0) + share
         order = sorted(shares, key=lambda name: -shares[name])
         named = ", ".join(f"{name} {shares[name]:.1%}" for name in order[:8])
         rest = f" and {len(order) - 8} more" if len(order) > 8 else ""
-        line = f"{total:.1%} of MACs summed exactly inside blocks, blocks added in {blocks}"
+        line = f"{sum(stated.values()):.1%} of MACs summed exactly inside blocks, blocks added in {blocks}"
         return f"{line}; in torch's f32: {named}{rest}" if named else line
 
     def _kept(self) -> list[str]:
@@ -97,9 +96,7 @@ def coverage(
     """Which share of MACs and bytes has which format, what stayed wide, and why; arguments as in `cost`."""
     total = cost(module, weights, sizes, state=state)
     macs, bytes, elements = dict[str, float](), dict[str, float](), dict[str, float]()
-    accumulators = dict[str, float]()
     for c in total.contractions:
-        accumulators[c.accumulator] = accumulators.get(c.accumulator, 0.0) + ratio(c.macs, total.macs)
         macs[c.formats] = macs.get(c.formats, 0.0) + ratio(c.macs, total.macs)
     for t in total.tensors:
         bytes[t.format] = bytes.get(t.format, 0.0) + ratio(t.bytes, total.bytes)
@@ -110,4 +107,4 @@ def coverage(
     opaque = tuple(f"{path_of(op.results[0])} ({op.target.data})" for op in module.walk() if isinstance(op, AtenOp))
     shares = ratio(full, total.macs), ratio(weights_only, total.macs)
     summed = tuple((c.name, ratio(c.macs, total.macs)) for c in total.contractions if c.accumulator == TORCH)
-    return Coverage(macs, bytes, elements, *shares, wide, opaque, accumulators, summed)
+    return Coverage(macs, bytes, elements, *shares, wide, opaque, total.sums, summed)

@@ -40,6 +40,8 @@ class Evaluated:
     config: Any = None
     kind: str = ""
     is_causal: bool = True
+    accumulators: tuple[str, ...] = ()
+    """Those that linear layers state; without any they sum as torch does."""
 
     @property
     def vocabulary(self) -> int | None:
@@ -141,11 +143,9 @@ def _opened(path: Path) -> Compiled | ModelSource:
 
 
 def _compiled(compiled: Compiled) -> Evaluated:
-    stated = sorted(
-        {op.acc.label for op in compiled.module.walk() if isinstance(op, LinearOp | ExpertLinearOp) and op.acc}
-    )
-    found = _of_source(compiled.source, compiled)
-    return replace(found, dtype=f"{found.dtype}, linear layers summed in {', '.join(stated)}") if stated else found
+    layers = [op for op in compiled.module.walk() if isinstance(op, LinearOp | ExpertLinearOp)]
+    stated = {layer.acc.label for layer in layers if layer.acc is not None}
+    return replace(_of_source(compiled.source, compiled), accumulators=tuple(sorted(stated)))
 
 
 def _source(source: ModelSource) -> Evaluated:

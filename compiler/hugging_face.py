@@ -36,8 +36,9 @@ def to_hf(compiled: Compiled) -> Any:
 
     Each linear, convolution and embedding gets its rounded weight and rounds its input; attention rounds its operands
     behind the cache. A layer with an accumulator multiplies the codes of its weight, and raises MxloomError where the
-    weight was changed since (not inside torch.compile, which looks at no values). `save_pretrained` is refused where
-    anything but weights is rounded. Raises MxloomError, naming the operation, where a cast belongs to no module.
+    weight was changed since; inside torch.compile, which looks at no values, and where it is written through `.data`,
+    of which torch keeps no count, it does not. `save_pretrained` is refused where anything but weights is rounded.
+    Raises MxloomError, naming the operation, where a cast belongs to no module.
     """
     model: Any = compiled.source.loaded()
     model = deepcopy(model) if model is compiled.source.model else model
@@ -142,7 +143,7 @@ def _check_weights(module: Any) -> None:
 
 
 def _state(module: Any) -> tuple[Any, ...]:
-    """What changes whenever the parameters may have changed."""
+    """What changes whenever the parameters may have changed, but by writes through `.data`."""
     held = [tensor for tensor in (module.weight, module.bias) if tensor is not None]
     return tuple((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in held if not tensor.is_meta)
 

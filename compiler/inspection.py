@@ -89,9 +89,9 @@ class Inspection:
         if shared:
             parts.append("decided together\n" + "\n".join(_folded_groups(shared)))
         parts.append(_wide_table(self.wide, self.bytes))
-        opaque = ", ".join(f"{name} ({count})" for name, count in sorted(self.opaque.items())) or "none"
         if set(self.sums) - {TORCH}:
             parts.append("sums: " + ", ".join(f"{name} {share:.1%} of MACs" for name, share in self.sums.items()))
+        opaque = ", ".join(f"{name} ({count})" for name, count in sorted(self.opaque.items())) or "none"
         parts.append(f"torch operators kept as they came: {opaque}")
         return "\n\n".join(part for part in parts if part)
 
@@ -111,7 +111,7 @@ def inspect(compiled: Compiled, *, batch: int = 1, sequence: int = 512) -> Inspe
         wide=tuple(_wide(compiled.module, stored)),
         opaque=dict(Counter(_target(op) for op in compiled.module.walk() if op.name == "mx.aten")),
         ties=dict(compiled.weights.aliases),
-        sums=compiled.coverage(batch=batch, sequence=sequence).accumulators,
+        sums=cost.sums,
     )
 
 

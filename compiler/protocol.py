@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a perplexity depends on: text (name, SHA-256, part), windows of `context` tokens, dtype computed in."""
+    """What a perplexity depends on: text (name, SHA-256, part), windows of `context` tokens, dtype and accumulators."""
 
     text: str
     sha256: str
@@ -29,14 +29,17 @@ class Protocol:
     windows: int
     context: int
     dtype: str
+    accumulators: tuple[str, ...] = ()
+    """Those of linear layers; none where all sum as torch does."""
     trained: int | None = None
     """Positions that the model was made for, where the windows are longer (rotary models run beyond them, badly)."""
 
     def __str__(self) -> str:
+        sums = f", linear layers summed in {', '.join(self.accumulators)}" if self.accumulators else ""
         part = "" if self.characters is None else f", first {grouped(self.characters)} characters"
         return (
             f"{self.text} sha256 {self.sha256[:8]}…{part}, {grouped(self.windows)} windows of {grouped(self.context)}, "
-            f"no overlap, BOS no, {grouped(self.windows * (self.context - 1))} tokens, {self.dtype}"
+            f"no overlap, BOS no, {grouped(self.windows * (self.context - 1))} tokens, {self.dtype}{sums}"
             + ("" if self.trained is None else f"; longer than the {self.trained} positions the model was made for")
         )
 
@@ -70,7 +73,9 @@ def windows_of(
         check_tokenizers(model, reference, [content])
     check_vocabulary(model.name, model.vocabulary, max(tokens[: count * context]))
     windows = torch.tensor(tokens[: count * context]).reshape(count, context)
-    return windows.unbind(), Protocol(name, digest, characters, count, context, model.dtype, _exceeded(model, context))
+    exceeded = _exceeded(model, context)
+    figures = Protocol(name, digest, characters, count, context, model.dtype, model.accumulators, exceeded)
+    return windows.unbind(), figures
 
 
 def tokenized(tokenizer: Any, text: str) -> list[int]:

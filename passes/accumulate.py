@@ -41,21 +41,21 @@ class Accumulate(ModulePass):
         return AccumulatorAttr.of(self.format, self.rounding, self.partials)
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        layers = {module_name(o): o for o in op.walk() if isinstance(o, LinearOp | ExpertLinearOp)}
-        matched = [layer for name, layer in layers.items() if matches(self.match, name)]
+        layers = [layer for layer in op.walk() if isinstance(layer, LinearOp | ExpertLinearOp)]
+        matched = [layer for layer in layers if matches(self.match, module_name(layer))]
         if not matched:
-            raise UsageError(
-                f"accumulate: {self.match!r} matches 0 of {len(layers)} linear layers{nearest(self.match, layers)}"
-            )
+            near = nearest(self.match, [module_name(layer) for layer in layers])
+            raise UsageError(f"accumulate: {self.match!r} matches 0 of {len(layers)} linear layers{near}")
         reasons = [_why_not(layer) for layer in matched]
         if all(reasons):
             raise UsageError(
-                f"accumulate: no layer takes an accumulator: {reasons[0]}. It needs weights and activations "
-                "in formats, by quantize rules that run before it"
+                f"accumulate: no layer takes an accumulator: {reasons[0]}. One goes to layers that no earlier "
+                "accumulate matched, with both operands in formats by rules before, and with stored weight and bias"
             )
+        accumulator = self.accumulator()
         for layer, reason in zip(matched, reasons, strict=True):
             if reason is None:
-                layer.acc = self.accumulator()
+                layer.acc = accumulator
 
 
 def _why_not(layer: LinearOp | ExpertLinearOp) -> str | None:

@@ -21,6 +21,7 @@ from . import native
 from ._layout import layout_of
 from ._mixed import PreparedMixed
 from ._prepared import Prepared
+from ._values import is_plain
 from .emitters import gpu
 
 if TYPE_CHECKING:
@@ -218,26 +219,6 @@ def _round(x: Tensor, fmt: Attribute, how: Rounding, out: Tensor | None) -> Tens
         return rounded if out is None else out.copy_(rounded)
 
 
-def is_plain(x: Any, *, gpu: bool = False) -> bool:
-    """Whether `x` is an ordinary tensor that takes no part in gradients, whose memory holds its values.
-
-    It lies on a CPU, or with `gpu` on a CUDA device. The memory of a lazily negated tensor holds others, that of lazy
-    zeros, of a tensor inside `torch.vmap` or under a mode that makes up tensors (export, fake tensors) none.
-    """
-    import torch
-    from torch._C._functorch import is_functorch_wrapped_tensor
-
-    return (
-        type(x) is torch.Tensor
-        and (x.is_cpu or (gpu and x.is_cuda))
-        and not x.requires_grad
-        and x.layout == torch.strided
-        and not (x.is_nested or x.is_neg() or x._is_zerotensor())
-        and not is_functorch_wrapped_tensor(x)
-        and not torch._C._len_torch_dispatch_stack()
-    )
-
-
 def _check_out(out: Any, x: Tensor) -> None:
     import torch
 
@@ -248,10 +229,20 @@ def _check_out(out: Any, x: Tensor) -> None:
     if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         found, asked = (f"{t.dtype} {list(t.shape)} on {t.device}" for t in (out, x))
         raise UsageError(f"out is {found}, but x is {asked}: make it with torch.empty_like(x)")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+    if _overlaps_itself(out):
         raise UsageError("elements of out share memory, as in an expanded tensor: make it with torch.empty_like(x)")
     if out.requires_grad:
         raise UsageError("out requires a gradient, which a tensor that is overwritten cannot have: use out.detach()")
+
+
+def _overlaps_itself(out: Tensor) -> bool:
+    """Whether two elements may lie in one place: a step is no longer than all that the shorter ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _takes(out: Tensor, x: Tensor) -> bool:

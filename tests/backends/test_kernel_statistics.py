@@ -75,6 +75,10 @@ def test_without_native_code_torch_gives_the_same(monkeypatch: pytest.MonkeyPatc
         (torch.ones(4, dtype=torch.float64), "x is f32, bf16 or f16, got torch.float64"),
         (torch.ones(4, device="meta"), "x lies in memory of the CPU, got one on meta"),
         (torch.ones(4).to_sparse(), "x is a dense tensor"),
+        (
+            torch.ones(4, dtype=torch.complex64).conj().imag,
+            r"that is lazy, made up, or inside torch.vmap: use .*resolve_neg",
+        ),
         (torch.ones(0, 4), r"in a tensor of shape \[0, 4\]"),
         (torch.tensor(1.0), r"in a tensor of shape \[\]"),
     ],

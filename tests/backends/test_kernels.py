@@ -167,6 +167,7 @@ def test_out_is_written_and_returned(format: str) -> None:
         (torch.empty(64, 96, dtype=torch.float64), "out is torch.float64"),
         (torch.empty(64, 96, requires_grad=True), "out requires a gradient"),
         (torch.empty(1, 96).expand(64, 96), "elements of out share memory"),
+        (torch.empty(6144).as_strided((64, 96), (7, 1)), "elements of out share memory"),
         (3, "out is a torch tensor, got 3"),
     ],
 )

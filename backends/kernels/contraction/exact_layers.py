@@ -17,9 +17,10 @@ from ....dialects import contractions, torch_operators
 from ....dialects.contractions import Coded
 from ....dialects.formats import Rounding
 from ....dialects.mx import parse_type
+from .._values import is_plain
 from ..codes import Codes, PreparedCodes, prepare_codes
 from ..codes_kernel import Factors
-from ..fake_quantization import is_plain, switched_off
+from ..fake_quantization import switched_off
 from .exact_linear import ExactLinear
 
 if TYPE_CHECKING:
@@ -202,13 +203,13 @@ def _experts_fake(input: Tensor, index: Tensor, layers: int) -> Tensor:
 
 
 def _keep_experts(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Any) -> None:
-    ctx.group, ctx.handle, ctx.dtype = _GROUPS[inputs[2]], inputs[2], inputs[0].dtype
+    ctx.group, ctx.dtype = _GROUPS[inputs[2]], inputs[0].dtype
     ctx.save_for_backward(inputs[1])
 
 
 def _experts_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     (index,) = ctx.saved_tensors
-    found = torch.ops.mxloom_kernels.exact_experts_backward.default(gradient, index, ctx.handle)
+    found = torch.ops.mxloom_kernels.exact_experts_backward.default(gradient, index, ctx.group.handle)
     return found.to(ctx.dtype), None, None
 
 
@@ -234,12 +235,12 @@ def _weight_values(layer: ExactLinear) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Tensor, int], output: Any) -> None:
     """The group is kept too: the model may go before its gradients are asked for."""
-    ctx.group, ctx.handle, ctx.dtype = _GROUPS[inputs[1]], inputs[1], inputs[0].dtype
+    ctx.group, ctx.dtype = _GROUPS[inputs[1]], inputs[0].dtype
 
 
 def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor, None]:
     """Gradients times the weights' values: rounding passes them straight through."""
-    found = torch.ops.mxloom_kernels.exact_layers_backward.default(list(gradients), ctx.handle)
+    found = torch.ops.mxloom_kernels.exact_layers_backward.default(list(gradients), ctx.group.handle)
     return found.to(ctx.dtype), None
 
 

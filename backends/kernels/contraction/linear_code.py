@@ -158,11 +158,9 @@ class _Linear:
 
         def partial(first: SSAValue, total: Sequence[SSAValue]) -> Sequence[SSAValue]:
             own = w.loop(first, self.given["segments"], n.partials, [zero] * len(self.tile), segment)
-            return (
-                own
-                if not total
-                else [self._narrowed(w.add(llvm.FAddOp(a, b))) for a, b in zip(total, own, strict=True)]
-            )
+            if not total:
+                return own
+            return [self._narrowed(w.add(llvm.FAddOp(a, b))) for a, b in zip(total, own, strict=True)]
 
         total = partial(w.constant(0), [])
         if n.partials <= UNROLLED:
