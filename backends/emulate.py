@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp, TensorType
+from xdsl.dialects.builtin import ModuleOp, TensorType, f64
 from xdsl.dialects.func import ReturnOp
 from xdsl.ir import Attribute, Block, SSAValue
 from xdsl.utils.target import Target
@@ -82,6 +82,8 @@ class _Emitter:
         for argument in self.block.args:
             name = legal.create_name(identifier(path_of(argument) or f"input_{argument.index}"), None)
             self.nodes[argument] = self.graph.placeholder(name)
+        for argument in self.block.args:
+            self.nodes[argument] = self._input(self.nodes[argument], argument.type)
         for op in self.block.ops:
             if isinstance(op, ReturnOp):
                 self.graph.output(tuple(self._node(value) for value in op.operands))
@@ -89,6 +91,13 @@ class _Emitter:
                 self._emit(op)
         self.graph.lint()
         return self.graph
+
+    def _input(self, node: Node, type: Attribute) -> Node:
+        """An input of fixed-point format is rounded into it."""
+        if not isinstance(type, TensorType) or not isinstance(type.element_type, formats.FixedType):
+            return node
+        target, args, kwargs = quantize_call(node, type.element_type, formats.Rounding())
+        return self._to(self.graph.call_function(target, args, kwargs), torch_dtype(type.element_type))
 
     def _has_no_node(self, op: Operation) -> bool:
         return _is_constant(op.results[0]) or self.exact.is_absorbed(op)
@@ -147,7 +156,9 @@ class _Emitter:
             if call.target is operator("mxloom.quantize.default"):
                 return node
             target, args, kwargs = quantize_call(node, element, formats.Rounding())
-            return self.graph.call_function(target, args, kwargs)
+            found = self.graph.call_function(target, args, kwargs)
+            wide = isinstance(element, formats.FixedType) and call.dtype == f64
+            return self._to(found, torch_dtype(element)) if wide else found
         wanted = torch_dtype(element)
         differs = call.dtype is not None and wanted.is_floating_point and torch_dtype(call.dtype) != wanted
         return self._to(node, wanted) if differs else node

@@ -69,6 +69,7 @@ class Interpreter:
         with torch.no_grad(), reference_only():
             for argument, given in zip(self.block.args, inputs, strict=True):
                 _check_input(argument, given)
+                given = _on_its_grid(argument, given)
                 values[argument] = given
                 for codes in self._wanted.get(argument, ()):
                     values[codes] = codes_of(codes, values)
@@ -169,7 +170,14 @@ def _rounded(value: Any, type: Attribute) -> Any:
     if formats.is_wide(element):
         return value.to(torch_dtype(element))
     has_data = getattr(value, "fake_mode", None) is None
-    return formats.quantize(value, element) if has_data else value
+    return _held(formats.quantize(value, element), element) if has_data else value
+
+
+def _held(value: Tensor, element: Attribute) -> Tensor:
+    """Fixed-point numbers, computed in f64, are held as f32 as other formats are: it has every code of 24 bits."""
+    import torch
+
+    return value.to(torch.float32) if isinstance(element, formats.FixedType) else value
 
 
 def constants(block: Block, weights: Weights) -> tuple[dict[Any, Any], set[Operation]]:
@@ -215,6 +223,13 @@ def _parameter(op: ParameterOp, weights: Weights) -> Tensor:
 def _parameter_codes(op: ParameterOp, weights: Weights, codes: AsCodes) -> Coded:
     encoded = weights.encoded(op.source.data, element_of(op.result), shape_of(op.result))
     return coded_tensor(encoded, transposed=codes.transposed)
+
+
+def _on_its_grid(argument: SSAValue, given: Tensor) -> Tensor:
+    """An input of fixed-point format is rounded into it: numbers that lie on its grid stay what they are."""
+    if isinstance(argument.type, TensorType) and isinstance(argument.type.element_type, formats.FixedType):
+        return _rounded(given, argument.type)
+    return given
 
 
 def _check_input(argument: SSAValue, given: Tensor) -> None:

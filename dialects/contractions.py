@@ -327,11 +327,22 @@ def _dot(x: Tensor, w: Tensor, exact: bool) -> Tensor:
     """The exact sums of products of one segment, rounded to f32. x [M, L], w [N, L] f64 -> [M, N]."""
     import torch
 
+    return exact_dot(x, w, exact).to(torch.float32)
+
+
+def exact_dot(x: Tensor, w: Tensor, exact: bool) -> Tensor:
+    """The sums of products of one segment: exact, or rounded to odd in f64 where it does not hold them."""
     if exact:
-        return (x @ w.T).to(torch.float32)
+        return x @ w.T
     # Elements below and above 1 apart: each product of two halves fits f64, and the sums meet in one rounding.
     (xs, xl), (ws, wl) = _halves(x), _halves(w)
-    parts = [xl @ wl.T, xl @ ws.T, xs @ wl.T, xs @ ws.T]
+    return sum_to_odd([xl @ wl.T, xl @ ws.T, xs @ wl.T, xs @ ws.T])
+
+
+def sum_to_odd(parts: list[Tensor]) -> Tensor:
+    """The sum of f64 tensors, rounded to odd."""
+    import torch
+
     total, rests = parts[0], []
     for part in parts[1:]:
         total, rest = two_sum(total, part)
@@ -341,7 +352,7 @@ def _dot(x: Tensor, w: Tensor, exact: bool) -> Tensor:
         low, error = two_sum(low, rest)
         lowest = lowest + error
     total, low = two_sum(total, low)
-    return to_odd(total, low + lowest).to(torch.float32)
+    return to_odd(total, low + lowest)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,10 @@ from xdsl.ir import Operation as XdslOperation
 
 from . import formats, operations
 from .accumulator import AccumulatorAttr
+from .integer_attribute import IntegerMeaningAttr
 from .operations._operation import Operation
 from .parsing import ModuleParser
+from .windows import WindowAttr
 
 
 def _operations() -> list[type[XdslOperation]]:
@@ -31,7 +33,7 @@ def _operations() -> list[type[XdslOperation]]:
 
 
 OPERATIONS = _operations()
-MX = Dialect("mx", OPERATIONS, [*formats.FAMILIES, AccumulatorAttr])
+MX = Dialect("mx", OPERATIONS, [*formats.FAMILIES, AccumulatorAttr, IntegerMeaningAttr, WindowAttr])
 
 
 def context() -> Context:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from xdsl.dialects.builtin import BFloat16Type, Float16Type, Float32Type, Float64Type, TensorType, UnitAttr
+from xdsl.dialects.builtin import BFloat16Type, Float16Type, Float32Type, Float64Type, TensorType, UnitAttr, f64
 from xdsl.ir import Attribute, SSAValue
 from xdsl.irdl import OptionalDef, OptOperandDef, VarResultDef, VerificationContext
 from xdsl.parser import Parser
@@ -18,6 +18,7 @@ from xdsl.printer import Printer
 from xdsl.utils.exceptions import VerifyException
 
 from ._assembly import SYMBOLS, is_flag, is_variadic, operand_fields, parse_operation, print_operation, property_fields
+from ._integer_meaning import all_fixed
 from ._operation import Call, Operation
 from ._values import decode, encode
 
@@ -208,8 +209,11 @@ class TorchOperation(Operation):
     def computes_in(self) -> Attribute | None:
         """The widest float among operands and results (a format counts as f32), or None where all are the same.
 
-        Operands without dimensions do not count beside others: torch computes in the type of those.
+        Operands without dimensions do not count beside others: torch computes in the type of those. Where all are fixed
+        point it is f64, which holds every product of two codes, so that the one rounding is exact.
         """
+        if all_fixed(self):
+            return f64
         floats = [value for value in self.operands if _float(value) is not None]
         sized = [value for value in floats if isinstance(value.type, TensorType) and value.type.get_num_dims() > 0]
         return widest(

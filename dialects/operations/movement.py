@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from xdsl.dialects.builtin import ArrayAttr, IndexType, IntegerAttr, TensorType, UnitAttr
+from xdsl.ir import Attribute
 from xdsl.irdl import (
     AttrConstraint,
     BaseAttr,
@@ -17,6 +18,7 @@ from xdsl.irdl import (
     var_result_def,
 )
 
+from ._integer_meaning import all_fixed
 from ._shapes import UNKNOWN, Shape, broadcast, product, same, shape_of, text
 from ._torch_operation import Aten, TorchOperation
 
@@ -26,6 +28,10 @@ SIZE: AttrConstraint = BaseAttr(IntegerAttr) | BaseAttr(UnitAttr)
 
 class Movement(TorchOperation):
     """An operation on the places of elements."""
+
+    def computes_in(self) -> Attribute | None:
+        """Fixed-point numbers move as they are."""
+        return None if all_fixed(self) else super().computes_in()
 
     def known(self, number: Any) -> int:
         """A size as a number: UNKNOWN for a symbolic one."""

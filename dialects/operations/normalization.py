@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import ClassVar
 
-from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntegerAttr, TensorType, UnitAttr
+from xdsl.dialects.builtin import ArrayAttr, FloatAttr, IntegerAttr, TensorType, UnitAttr, f64
 from xdsl.ir import SSAValue, TypeAttribute
 from xdsl.irdl import (
     AttrSizedOperandSegments,
@@ -17,6 +17,17 @@ from xdsl.irdl import (
     result_def,
 )
 
+from ..integer_attribute import IntegerMeaningAttr
+from ._integer_meaning import (
+    WIDEST_WEIGHT,
+    pair,
+    pair_of,
+    require_exponential,
+    require_fixed,
+    require_root,
+    require_row,
+)
+from ._operation import Call
 from ._shapes import Shape, fits, shape_of, text
 from ._torch_operation import Aten, TorchOperation
 
@@ -57,11 +68,29 @@ class RMSNormOp(Normalization):
     weight = opt_operand_def(TensorType)
     eps = prop_def(FloatAttr)
     unit_offset = opt_prop_def(UnitAttr)
+    integer = opt_prop_def(IntegerMeaningAttr)
     result = result_def(TensorType)
 
     def check(self) -> None:
         super().check()
         self.require_vector("weight", self.weight, shape_of(self.input)[-1:])
+        if self.integer is not None:
+            self.require(self.unit_offset is None, "computed in integers, it takes 1 + weight as its weight")
+            require_fixed(self, {"input": self.input, "result": self.result})
+            require_fixed(self, {"weight": self.weight}, WIDEST_WEIGHT)
+            require_row(self, self.input)
+            require_root(self, self.input, 0, self.eps.value.data)
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_meanings import rms_norm
+
+        formats = (pair(self.input), pair_of(self.weight), pair(self.result))
+        return Call(rms_norm, (self.input, self.weight, *formats, self.eps.value.data), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()
 
 
 @irdl_op_definition
@@ -78,6 +107,7 @@ class LayerNormOp(Normalization):
     bias = opt_operand_def(TensorType)
     normalized_shape = prop_def(ArrayAttr[IntegerAttr])
     eps = opt_prop_def(FloatAttr)
+    integer = opt_prop_def(IntegerMeaningAttr)
     result = result_def(TensorType)
 
     def check(self) -> None:
@@ -90,6 +120,29 @@ class LayerNormOp(Normalization):
         )
         self.require_vector("weight", self.weight, normalized)
         self.require_vector("bias", self.bias, normalized)
+        if self.integer is not None:
+            self.require(
+                len(normalized) == 1, f"computed in integers, it normalizes one dimension, got {text(normalized)}"
+            )
+            require_fixed(self, {"input": self.input, "bias": self.bias, "result": self.result})
+            require_fixed(self, {"weight": self.weight}, WIDEST_WEIGHT)
+            require_row(self, self.input)
+            require_root(self, self.input, 1, self._eps())
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_meanings import layer_norm
+
+        formats = (pair(self.input), pair_of(self.weight), pair_of(self.bias), pair(self.result))
+        return Call(layer_norm, (self.input, self.weight, self.bias, *formats, self._eps()), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()
+
+    def _eps(self) -> float:
+        """torch's own where none is stated."""
+        return self.eps.value.data if self.eps is not None else 1e-5
 
 
 @irdl_op_definition
@@ -155,9 +208,27 @@ class SoftmaxOp(Normalization):
     input = operand_def(TensorType)
     dim = prop_def(IntegerAttr)
     dtype = opt_prop_def(TypeAttribute)
+    integer = opt_prop_def(IntegerMeaningAttr)
     result = result_def(TensorType)
 
     def check(self) -> None:
         super().check()
-        rank = len(shape_of(self.input))
-        self.require(-rank <= self.dim.value.data < rank, f"dim {self.dim.value.data} is not one of {rank} dimensions")
+        rank, dim = len(shape_of(self.input)), self.dim.value.data
+        self.require(-rank <= dim < rank, f"dim {dim} is not one of {rank} dimensions")
+        if self.integer is not None:
+            self.require(dim in (-1, rank - 1), f"computed in integers, it runs along the last dimension, not {dim}")
+            self.require(self.dtype is None, "computed in integers, it computes in no dtype: leave it out")
+            require_fixed(self, {"input": self.input, "result": self.result})
+            require_row(self, self.input)
+            require_exponential(self, self.input)
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_meanings import softmax
+
+        formats = (pair(self.input), pair(self.result))
+        return Call(softmax, (self.input, *formats, self.integer.table_bits.data), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()

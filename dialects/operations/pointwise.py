@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
-from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType
+from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType, f64
 from xdsl.ir import Attribute
 from xdsl.irdl import (
     AttrConstraint,
@@ -18,6 +18,8 @@ from xdsl.irdl import (
     result_def,
 )
 
+from ..integer_attribute import IntegerMeaningAttr
+from ._integer_meaning import pair, require_exponential, require_fixed, require_table
 from ._operation import Call
 from ._shapes import Shape, broadcast, element_of, shape_of, text
 from ._torch_operation import Argument, Aten, TorchOperation
@@ -37,6 +39,32 @@ class Pointwise(TorchOperation):
 
     def result_shape(self) -> Shape:
         return shape_of(self.input)
+
+
+class Curve(Pointwise):
+    """A function that hardware computes from a table where the property `integer` says so."""
+
+    integer = opt_prop_def(IntegerMeaningAttr)
+
+    def curve(self) -> str:
+        """The function's name in `integer.CURVES`."""
+        return self.name.removeprefix("mx.")
+
+    def check(self) -> None:
+        if self.integer is not None:
+            require_fixed(self, {"input": self.input, "result": self.result})
+            require_table(self, self.curve(), self.input, self.result, self.integer)
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_meanings import curve
+
+        formats = (pair(self.input), pair(self.result))
+        return Call(curve, (self.input, self.curve(), *formats, self.integer.table_bits.data), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()
 
 
 class Binary(TorchOperation):
@@ -107,6 +135,24 @@ class ExpOp(Pointwise):
     name = "mx.exp"
     ATEN: ClassVar = (Aten("aten.exp.default"),)
 
+    integer = opt_prop_def(IntegerMeaningAttr)
+
+    def check(self) -> None:
+        if self.integer is not None:
+            require_fixed(self, {"input": self.input, "result": self.result})
+            require_exponential(self, self.input)
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_meanings import exponential
+
+        formats = (pair(self.input), pair(self.result))
+        return Call(exponential, (self.input, *formats, self.integer.table_bits.data), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()
+
 
 @irdl_op_definition
 class ReluOp(Pointwise):
@@ -117,7 +163,7 @@ class ReluOp(Pointwise):
 
 
 @irdl_op_definition
-class SiluOp(Pointwise):
+class SiluOp(Curve):
     """input · sigmoid(input)."""
 
     name = "mx.silu"
@@ -125,7 +171,7 @@ class SiluOp(Pointwise):
 
 
 @irdl_op_definition
-class TanhOp(Pointwise):
+class TanhOp(Curve):
     """Hyperbolic tangent."""
 
     name = "mx.tanh"
@@ -133,7 +179,7 @@ class TanhOp(Pointwise):
 
 
 @irdl_op_definition
-class SigmoidOp(Pointwise):
+class SigmoidOp(Curve):
     """1 / (1 + exp(-input))."""
 
     name = "mx.sigmoid"
@@ -159,7 +205,7 @@ class PowOp(Pointwise):
 
 
 @irdl_op_definition
-class GeluOp(Pointwise):
+class GeluOp(Curve):
     """input · Φ(input), exactly or by the tanh approximation (`approximate = "tanh"`); Hendrycks and Gimpel 2016."""
 
     name = "mx.gelu"
@@ -172,6 +218,10 @@ class GeluOp(Pointwise):
             self.require(
                 self.approximate.data in ("none", "tanh"), f'approximate is "none" or "tanh", got {self.approximate}'
             )
+        super().check()
+
+    def curve(self) -> str:
+        return "gelu_tanh" if self.approximate is not None and self.approximate.data == "tanh" else "gelu"
 
 
 @irdl_op_definition

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, TensorType, UnitAttr
+from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, TensorType, UnitAttr, f64
 from xdsl.ir import TypeAttribute
 from xdsl.irdl import irdl_op_definition, operand_def, opt_prop_def, prop_def, result_def
 
-from ._shapes import Shape, shape_of, text
+from ..integer_attribute import IntegerMeaningAttr
+from ._integer_meaning import pair, require_fixed
+from ._operation import Call
+from ._shapes import UNKNOWN, Shape, shape_of, text
 from ._torch_operation import Aten, TorchOperation
 from .contraction import window_positions
 
@@ -39,6 +42,26 @@ class MeanOp(Reduction):
 
     name = "mx.mean"
     ATEN: ClassVar = (Aten("aten.mean.dim"),)
+
+    integer = opt_prop_def(IntegerMeaningAttr)
+
+    def check(self) -> None:
+        if self.integer is not None:
+            self.require(self.dtype is None, "computed in integers, it computes in no dtype: leave it out")
+            _require_mean(self)
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_meanings import mean
+
+        rank = len(shape_of(self.input))
+        dims = tuple(dim.value.data for dim in self.dim or ()) or tuple(range(rank))
+        formats = (pair(self.input), pair(self.result))
+        return Call(mean, (self.input, dims, self.keepdim is not None, *formats), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()
 
 
 @irdl_op_definition
@@ -124,6 +147,26 @@ class WindowPoolOp(Pool):
     ATEN: ClassVar = (Aten("aten.avg_pool2d.default", implied={"divisor_override": None}),)
 
     count_include_pad = opt_prop_def(IntegerAttr)
+    integer = opt_prop_def(IntegerMeaningAttr)
+
+    def check(self) -> None:
+        if self.integer is not None:
+            whole = self.ceil_mode is None and not any(_numbers(self.padding))
+            self.require(whole, "computed in integers, its windows lie inside: no padding, no ceil_mode")
+            _require_mean(self)
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_meanings import window_mean
+
+        kernel = _pair(_numbers(self.kernel_size))
+        stride = _pair(_numbers(self.stride)) or kernel
+        formats = (pair(self.input), pair(self.result))
+        return Call(window_mean, (self.input, tuple(kernel), tuple(stride), *formats), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()
 
 
 @irdl_op_definition
@@ -135,7 +178,40 @@ class AveragePoolOp(TorchOperation):
 
     input = operand_def(TensorType)
     output_size = prop_def(ArrayAttr[IntegerAttr])
+    integer = opt_prop_def(IntegerMeaningAttr)
     result = result_def(TensorType)
 
     def result_shape(self) -> Shape:
         return (*shape_of(self.input)[:-2], *_pair(_numbers(self.output_size)))
+
+    def check(self) -> None:
+        if self.integer is not None:
+            sizes, wanted = shape_of(self.input)[-2:], _pair(_numbers(self.output_size))
+            even = all(w == 1 or (s != UNKNOWN and s % w == 0) for s, w in zip(sizes, wanted, strict=True))
+            self.require(
+                UNKNOWN not in sizes and even,
+                f"computed in integers, its windows have one known size: {text(sizes)} gives no {text(wanted)} so",
+            )
+            _require_mean(self)
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_meanings import window_mean
+
+        sizes = zip(shape_of(self.input)[-2:], _pair(_numbers(self.output_size)), strict=True)
+        kernel = tuple(size // wanted for size, wanted in sizes)
+        return Call(window_mean, (self.input, kernel, kernel, pair(self.input), pair(self.result)), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()
+
+
+def _require_mean(operation: MeanOp | WindowPoolOp | AveragePoolOp) -> None:
+    """Raise VerifyException unless the operands of a mean are fixed point and its shifts fit 64 bits."""
+    require_fixed(operation, {"input": operation.input, "result": operation.result})
+    (_, given), (_, found) = pair(operation.input), pair(operation.result)
+    operation.require(
+        abs(found - given) <= 20,
+        f"computed in integers, input and result have their points within 20 bits, got {given} and {found}",
+    )

@@ -1,0 +1,142 @@
+"""Contractions that sum into a window: exact inside a segment, shifted and rounded once, added with saturation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log2
+from typing import TYPE_CHECKING
+
+from xdsl.dialects.builtin import IntAttr
+from xdsl.ir import Attribute, ParametrizedAttribute
+from xdsl.irdl import irdl_attr_definition, param_def
+from xdsl.parser import AttrParser
+from xdsl.printer import Printer
+from xdsl.utils.exceptions import VerifyException
+
+from .contractions import Coded, exact_dot, fits_f64, in_segments, segment_length, sum_to_odd
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NARROWEST, WIDEST = 8, 50
+"""Bits of a window; f64 holds every sum of two numbers of the widest."""
+
+
+@irdl_attr_definition
+class WindowAttr(ParametrizedAttribute):
+    """`#mx.window<W, lsb>`: sums are two's complement numbers of W bits whose lowest bit stands for 2^lsb.
+
+    Each segment of the sum (its blocks, or all of it where no scale changes) is summed exactly, rounded once to a
+    multiple of 2^lsb (ties to even), and added; what leaves the range saturates. This is what dataflow hardware builds.
+    """
+
+    name = "mx.window"
+    width: IntAttr = param_def(converter=IntAttr.get)
+    lsb: IntAttr = param_def(converter=IntAttr.get)
+
+    @property
+    def label(self) -> str:
+        """`window 40 at 2^-20`."""
+        return f"window {self.width.data} at 2^{self.lsb.data}"
+
+    def verify(self) -> None:
+        if not NARROWEST <= self.width.data <= WIDEST:
+            raise VerifyException(f"a window has {NARROWEST} to {WIDEST} bits, got {self.width.data}")
+        if not -200 <= self.lsb.data <= 200:
+            raise VerifyException(f"a window's lowest bit lies between 2^-200 and 2^200, got 2^{self.lsb.data}")
+
+    @classmethod
+    def parse_parameters(cls, parser: AttrParser) -> Sequence[Attribute]:
+        with parser.in_angle_brackets():
+            width = parser.parse_integer()
+            parser.parse_punctuation(",")
+            return IntAttr(width), IntAttr(parser.parse_integer())
+
+    def print_parameters(self, printer: Printer) -> None:
+        printer.print_string(f"<{self.width.data}, {self.lsb.data}>")
+
+
+def windowed(input: Tensor, weight: Tensor, bias: Tensor | None, width: int, lsb: int, segment: int) -> Tensor:
+    """input [..., M, K] times weight [..., K, N], plus bias [N], in f64: multiples of 2^lsb in `width` bits.
+
+    K is cut into segments of `segment`, the last of which may be shorter. The sum starts as the bias, rounded; every
+    segment's exact sum is rounded to a multiple of 2^lsb, ties to even; both, and each sum, saturate. Operands are of
+    formats whose elements have at most 8 exponents' worth of digits under factors that are powers of two, one for each
+    segment, so that values alone say what the sums are. A row that meets a NaN is NaN.
+    """
+    import torch
+
+    lowest, top = -(2.0 ** (width - 1)), 2.0 ** (width - 1) - 1
+    x, w = input.to(torch.float64), weight.to(torch.float64)
+    total: Tensor | None = None
+    if bias is not None:
+        total = (bias.to(torch.float64) * 2.0**-lsb).round().clamp(lowest, top)
+    for start in range(0, x.shape[-1], segment):
+        dot = _exact(x[..., start : start + segment], w[..., start : start + segment, :])
+        term = (dot * 2.0**-lsb).round().clamp(lowest, top)
+        total = term if total is None else (total + term).clamp(lowest, top)
+    if total is None:
+        total = x.new_zeros((*x.shape[:-1], w.shape[-1]))
+    return total * 2.0**lsb
+
+
+_NARROW = 2.0**-15
+"""Below this part of a segment's largest value lie the digits that are summed apart."""
+
+
+def _exact(x: Tensor, w: Tensor) -> Tensor:
+    """The sums of products of one segment: exact, or rounded to odd, which a later rounding does not see.
+
+    Both operands are brought below 2 and cut in two where they span more than f64 sums exactly.
+    """
+    import torch
+
+    x, ex = _normalized(x, -1)
+    w, ew = _normalized(w, -2)
+    xs, ws = x.abs() < _NARROW, w.abs() < _NARROW
+    if not bool((xs & (x != 0)).any()) and not bool((ws & (w != 0)).any()):
+        return torch.ldexp(x @ w, ex + ew)
+    xl, wl = x.masked_fill(xs, 0.0), w.masked_fill(ws, 0.0)
+    xs, ws = x - xl, w - wl
+    return torch.ldexp(sum_to_odd([xl @ wl, xl @ ws, xs @ wl, xs @ ws]), ex + ew)
+
+
+def _normalized(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(x times a power of two, below 2 along `dim`; the power's exponent)."""
+    import torch
+
+    largest = x.abs().amax(dim, keepdim=True) if x.numel() else x.new_zeros(())
+    exponent = torch.frexp(largest)[1].to(torch.int64) - 1
+    return torch.ldexp(x, -exponent), exponent
+
+
+def windowed_codes(input: Coded, weight: Coded, bias: Tensor | None, width: int, lsb: int) -> Tensor:
+    """The same for operands under factors of any kind: input [..., K], weight [N, K] -> [..., N] f64.
+
+    Factors of a segment are multiplied exactly; a factor of a whole tensor is multiplied at the end, in f64.
+    """
+    import torch
+
+    length = segment_length(input.length, weight.length, input.size)
+    leading = input.codes.shape[:-1]
+    x, sx = in_segments(input, length)
+    w, sw = in_segments(weight, length)
+    x, sx = x.reshape(-1, *x.shape[-2:]), sx.reshape(-1, sx.shape[-1])
+    exact = fits_f64(input.bounds, weight.bounds, length)
+    lowest, top = -(2.0 ** (width - 1)), 2.0 ** (width - 1) - 1
+    total = torch.zeros(x.shape[0], w.shape[0], dtype=torch.float64, device=x.device)
+    if bias is not None:
+        total += (bias.to(torch.float64) * 2.0**-lsb).round_().clamp_(lowest, top)
+    for segment in range(x.shape[1]):
+        scale = sx[:, segment, None].to(torch.float64) * sw[None, :, segment].to(torch.float64)
+        term = exact_dot(x[:, segment], w[:, segment], exact) * scale * 2.0**-lsb
+        total = (total + term.round_().clamp_(lowest, top)).clamp_(lowest, top)
+    total = total * 2.0**lsb
+    for over in (input.over, weight.over):
+        total = total if over is None else total * over.to(torch.float64)
+    return total.reshape(*leading, w.shape[0])
+
+
+def needed_bits(largest: float, window: WindowAttr) -> int:
+    """Bits of a window with the same lowest bit that holds a magnitude."""
+    return max(0, int(log2(max(largest, 1e-300)) // 1) + 1 - window.lsb.data) + 1
