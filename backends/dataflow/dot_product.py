@@ -1,0 +1,271 @@
+"""The dot-product unit: lanes of multipliers, exact sums of segments, and a saturating window behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ...dialects.integer import Point
+from ...dialects.integer import shifted as shifted_number
+from .arithmetic import adder_tree, magnitude_bits, product, saturated, shifted
+from .codes import OperandCode, ScaleCode
+from .multiplier import decoded_operand, multiplied
+from .rtl import Module, Port, Signal, any_of, join
+from .window import Window
+
+
+@dataclass(frozen=True)
+class DotProduct:
+    """What a unit is built from.
+
+    A beat brings `lanes` elements of both operands and what stands beside their blocks. A segment is `segment` elements
+    under one pair of scales, a multiple of the lanes; its exact sum is shifted into the window, rounded to even there,
+    and added; everything saturates. `bias` is the format of the number that a sum starts with.
+    """
+
+    a: OperandCode
+    b: OperandCode
+    lanes: int
+    segment: int
+    window: Window
+    bias: Point | None = None
+
+    @property
+    def unit(self) -> int:
+        """The exponent of the segments' sums, before scales."""
+        return self.a.unit + self.b.unit
+
+    @cached_property
+    def sum_bits(self) -> int:
+        """Bits of the exact sum of a segment."""
+        return (self.a.largest * self.b.largest * self.segment).bit_length() + 1
+
+    @property
+    def scales(self) -> tuple[ScaleCode, ...]:
+        return tuple(operand.scale for operand in (self.a, self.b) if operand.scale is not None)
+
+    @property
+    def has_significands(self) -> bool:
+        return any(scale.significand_bits for scale in self.scales)
+
+    @property
+    def latency(self) -> int:
+        """Cycles from the last beat of a sum to its result."""
+        return 4 + (self.segment > self.lanes) + self.has_significands
+
+    @property
+    def has_nan(self) -> bool:
+        """Whether an operand can bring a NaN."""
+        elements = [element.nan for operand in (self.a, self.b) for element in operand.elements]
+        return any(nan != "none" for nan in (*elements, *(scale.nan for scale in self.scales)))
+
+    def module(self, name: str) -> Module:
+        """A module that works in the cycles in which `enable` is 1.
+
+        Inputs `valid`, `segment_last`, `last`, `a`, `b` (first lane lowest), `a_side`, `b_side` (kind on top of the
+        scale), `bias`; outputs `done` for one enabled cycle with `total` and `nan`.
+        """
+        inputs = [Port(n, 1) for n in ("enable", "valid", "segment_last", "last")]
+        inputs += [Port("a", self.lanes * self.a.code_bits), Port("b", self.lanes * self.b.code_bits)]
+        inputs += [Port(f"{n}_side", c.side_bits) for n, c in (("a", self.a), ("b", self.b)) if c.side_bits]
+        inputs += [Port("bias", self.bias.width)] if self.bias else []
+        module = Module(name, inputs, [Port("done", 1), Port("total", self.window.width), Port("nan", 1)])
+        return _Builder(self, module).build()
+
+
+class _Builder:
+    """The stages of the pipeline, in order; flags travel beside the numbers."""
+
+    def __init__(self, unit: DotProduct, module: Module) -> None:
+        self.unit, self.module, self.enable = unit, module, module["enable"]
+        self.valid, self.segment_last, self.last = (module[n] for n in ("valid", "segment_last", "last"))
+        self.beside: dict[str, Signal] = {}
+
+    def step(self, value: Signal, name: str | None = None) -> Signal:
+        """The value one stage later."""
+        return self.module.delayed(value, self.enable, name)
+
+    def advance(self) -> None:
+        """Let the flags and what travels beside go one stage on."""
+        self.valid = self.module.delayed(self.valid, self.enable, initial=0)
+        self.segment_last, self.last = self.step(self.segment_last), self.step(self.last)
+        self.beside = {name: self.step(value) for name, value in self.beside.items()}
+
+    def build(self) -> Module:
+        terms = self.products()
+        total = self.tree(terms)
+        if self.unit.segment > self.unit.lanes:
+            total = self.segments(total)
+        if self.unit.has_significands:
+            total = self.step(self.with_significands(total))
+            self.advance()
+        term = self.aligned(total)
+        return self.accumulated(term)
+
+    def products(self) -> list[Signal]:
+        """Stage 1: every lane's product."""
+        unit, module = self.unit, self.module
+        operands = {"a": unit.a, "b": unit.b}
+        sides = {n: self._side(n, operand) for n, operand in operands.items()}
+        nans = [scale_nan for _, scale_nan in sides.values() if scale_nan is not None]
+        terms: list[Signal] = []
+        for lane in range(unit.lanes):
+            parts = []
+            for name, operand in operands.items():
+                code = module[name].bits(lane * operand.code_bits, operand.code_bits)
+                parts.append(decoded_operand(operand, code, sides[name][0]))
+            nans += [part.nan for part in parts if part.nan is not None]
+            terms.append(self.step(multiplied(unit.a, unit.b, *parts)))
+        if nans:
+            self.beside["nan"] = any_of(nans)
+        if unit.bias:
+            self.beside["bias"] = module["bias"]
+        exponent = self._exponents()
+        if exponent is not None:
+            self.beside["exponent"] = exponent
+        if unit.has_significands:
+            self.beside["factor"] = self._factor()
+        self.advance()
+        return terms
+
+    def _side(self, name: str, operand: OperandCode) -> tuple[Signal | None, Signal | None]:
+        """(is the block of the low kind, is its scale a NaN)."""
+        if not operand.side_bits:
+            return None, None
+        side = self.module[f"{name}_side"]
+        kind = side.sign if operand.is_mixed else None
+        if operand.scale is None:
+            return kind, None
+        scale = side.low(operand.scale.bits)
+        if operand.scale.nan == "exponent":
+            return kind, scale.bits(operand.scale.mantissa_bits, operand.scale.exponent_bits).equals(-1)
+        bits = operand.scale.exponent_bits + operand.scale.mantissa_bits
+        return kind, scale.low(bits).equals(-1) if operand.scale.nan == "code" else None
+
+    def _fields(self) -> list[tuple[ScaleCode, Signal, Signal]]:
+        """(scale, exponent's field, mantissa or the field itself) of each scale."""
+        found = []
+        for name, operand in (("a", self.unit.a), ("b", self.unit.b)):
+            if (scale := operand.scale) is not None:
+                code = self.module[f"{name}_side"].low(scale.bits)
+                field = code.bits(scale.mantissa_bits, scale.exponent_bits)
+                found.append((scale, field, code.low(scale.mantissa_bits) if scale.mantissa_bits else field))
+        return found
+
+    def _exponents(self) -> Signal | None:
+        """The sum of the scales' exponents, as the fields say them."""
+        total: Signal | None = None
+        for scale, field, _ in self._fields():
+            if scale.mantissa_bits:
+                field = field - field.any().unsigned(field.width)
+            if total is None:
+                total = field
+            else:
+                width = max(total.width, field.width) + 1
+                total = total.unsigned(width) + field.unsigned(width)
+        return total
+
+    def _factor(self) -> Signal:
+        """The product of the scales' significands, unsigned."""
+        found: Signal | None = None
+        for scale, field, mantissa in self._fields():
+            if scale.significand_bits:
+                own = join(field.any(), mantissa)
+                width = own.width + (found.width if found is not None else 0)
+                found = own if found is None else found.unsigned(width) * own.unsigned(width)
+        assert found is not None
+        return found
+
+    def tree(self, terms: list[Signal]) -> Signal:
+        """Stage 2: the exact sum of a beat."""
+        total = adder_tree(terms).resized(self.unit.sum_bits)
+        total = self.step(total)
+        self.advance()
+        return total
+
+    def segments(self, total: Signal) -> Signal:
+        """Stage 3: the beats of a segment come together."""
+        module = self.module
+        moving = self.enable & self.valid
+        held, fresh = module.register(total.width, "segment", initial=None), module.register(1, "fresh", initial=1)
+        fresh.set(self.segment_last, moving)
+        held.set(fresh.q.then(total, held.q + total), moving)
+        nan = module.register(1, "segment_nan") if "nan" in self.beside else None
+        if nan is not None:
+            nan.set((nan.q & ~fresh.q) | self.beside["nan"], moving)
+        ends = self.valid & self.segment_last
+        self.valid = ends
+        self.advance()
+        if nan is not None:
+            self.beside["nan"] = nan.q
+        return held.q
+
+    def with_significands(self, total: Signal) -> Signal:
+        """Stage 4, where scales are floats: the sum times their significands."""
+        factor = self.beside.pop("factor")
+        return product(total, join(self.module.constant(0, 1), factor))
+
+    def aligned(self, total: Signal) -> Signal:
+        """Stage 5: the sum in multiples of the window's lowest bit, rounded to even and saturated."""
+        term = self._moved(total)
+        term = self.step(term)
+        self.beside.pop("exponent", None)
+        self.advance()
+        return term
+
+    def _moved(self, total: Signal) -> Signal:
+        unit, window = self.unit, self.unit.window
+        least = unit.unit + sum(scale.unit for scale in unit.scales) - window.lsb
+        if "exponent" not in self.beside:
+            return saturated(shifted(total, -least), window.width)
+        most = least + sum(scale.largest_exponent for scale in unit.scales)
+        low, high = max(least, -total.width), min(most, window.width)
+        low, high = min(low, 0), max(high, 0)
+        field = self.beside["exponent"]
+        # The shift as a signed number, held between `low` and `high`: beyond, the result is 0 or saturates anyway.
+        width = max(field.width, abs(least).bit_length(), abs(most).bit_length()) + 2
+        places = field.unsigned(width) + least
+        under, over = places.less_signed(low), places.more_signed(high)
+        places = under.then(low, over.then(high, places))
+        amount = (places - low).low(max(1, (high - low).bit_length()))
+        right = -low
+        room = max(window.width, total.width) + 1 + right
+        moved = total.signed(room).shifted_left(amount)
+        term = saturated(shifted(moved, right), window.width)
+        if high + total.width <= room - right:
+            return term
+        bits = magnitude_bits(total)
+        size = max(bits.width, places.width) + 1
+        beyond = (bits.unsigned(size) + places.signed(size)).more_signed(window.width - 1) & total.any()
+        extreme = join(total.sign, (~total.sign).repeated(window.width - 1))
+        return beyond.then(extreme, term)
+
+    def accumulated(self, term: Signal) -> Module:
+        """Stage 6: the window."""
+        unit, module, width = self.unit, self.module, self.unit.window.width
+        moving = self.enable & self.valid
+        held = module.register(width, "total")
+        start: Signal = held.q
+        if unit.bias:
+            fresh = module.register(1, "first", initial=1)
+            fresh.set(self.last, moving)
+            bias = saturated(shifted(self.beside["bias"], unit.bias.fraction + unit.window.lsb), width)
+            start = fresh.q.then(bias, held.q)
+        total = saturated(start.signed(width + 1) + term.signed(width + 1), width)
+        held.set(self.last.then(0, total), moving)
+        nan: Signal = module.constant(0, 1)
+        if "nan" in self.beside:
+            seen = module.register(1, "total_nan")
+            nan = seen.q | self.beside["nan"]
+            seen.set(nan & ~self.last, moving)
+        ends = moving & self.last
+        done = module.delayed(self.valid & self.last, self.enable, "done", initial=0)
+        return module.finish(done=done, total=module.delayed(total, ends), nan=module.delayed(nan, ends))
+
+
+def bias_start(bias: int, point: Point, window: Window) -> int:
+    """Where a sum with this bias starts: the number that the circuit computes."""
+    import torch
+
+    found = int(shifted_number(torch.tensor(bias), point.fraction + window.lsb))
+    return max(-(1 << (window.width - 1)), min((1 << (window.width - 1)) - 1, found))

@@ -1,0 +1,1 @@
+"""Two simulators of emitted hardware that take the same vectors: arc (in this process) and Verilator."""

@@ -1,0 +1,1 @@
+"""The stages of a dataflow design: one file for each kind."""

@@ -1,0 +1,197 @@
+"""Products of rows with a matrix: weights that are loaded once, or rows of a second stream that change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ....dialects.integer import Point
+from ..arithmetic import requantized
+from ..dot_product import DotProduct
+from ..rtl import Module, Signal, Wire, join
+from ._stream import Banks, Memory, Pipe, Stage, StreamModule
+
+
+@dataclass(frozen=True)
+class Contraction(Stage):
+    """Rows of a (stream `a`) times rows of b: `rows` x `size` times `columns` x `size` -> `rows` x `columns`.
+
+    A beat of a stream of blocks holds `lanes` elements and what stands beside their block. b is loaded once (weights),
+    or comes as the stream `b` (`dynamic`), `columns` rows for every `rows` of a. `copies` units work on as many rows of
+    b at once. One run is `runs` such products.
+    """
+
+    unit: DotProduct
+    rows: int
+    columns: int
+    size: int
+    result: Point
+    copies: int = 1
+    dynamic: bool = False
+    runs: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Beats of one row, blocks padded to their full length."""
+        segments = -(-self.size // self.unit.segment)
+        return segments * (self.unit.segment // self.unit.lanes)
+
+    @property
+    def groups(self) -> int:
+        """How often a row of a is read: each time for `copies` rows of b."""
+        return -(-self.columns // self.copies)
+
+    @property
+    def per_segment(self) -> int:
+        return self.unit.segment // self.unit.lanes
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        found = {"a": self.unit.lanes * self.unit.a.code_bits + self.unit.a.side_bits}
+        if self.dynamic:
+            found["b"] = self.unit.lanes * self.unit.b.code_bits + self.unit.b.side_bits
+        return found
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        return {"out": self.result.width}
+
+    @property
+    def beats(self) -> dict[str, int]:
+        found = {"a": self.runs * self.rows * self.steps, "out": self.runs * self.rows * self.columns}
+        return {**found, "b": self.runs * self.columns * self.steps} if self.dynamic else found
+
+    @property
+    def cycles(self) -> int:
+        """N x K / (lanes x copies) for each row."""
+        return self.runs * self.rows * max(self.groups * self.steps, self.columns)
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """Codes, what stands beside them, and biases, of each copy in turn."""
+        if self.dynamic:
+            return ()
+        words = [Memory(self.groups * self.steps, self.unit.lanes * self.unit.b.code_bits)]
+        if self.unit.b.side_bits:
+            words.append(Memory(self.groups * self.side_words, self.unit.b.side_bits))
+        if self.unit.bias:
+            words.append(Memory(self.groups, self.unit.bias.width))
+        return tuple(words * self.copies)
+
+    @cached_property
+    def side_words(self) -> int:
+        """Words of scales of one row of weights: one where a scale holds for all of it."""
+        return 1 if self.unit.b.block is None else self.steps // self.side_steps
+
+    @property
+    def side_steps(self) -> int:
+        """Beats of a row of weights that have one scale."""
+        return self.steps if self.unit.b.block is None else self.unit.b.block // self.unit.lanes
+
+    def module(self, name: str) -> Module:
+        return _Builder(self, self.start(name), f"{name}_dot").build()
+
+
+class _Builder:
+    def __init__(self, stage: Contraction, module: StreamModule, unit_name: str) -> None:
+        self.stage, self.module = stage, module
+        self.unit = stage.unit.module(unit_name)
+        self.pipe = Pipe(module, "out")
+
+    def build(self) -> Module:
+        stage, module, pipe = self.stage, self.module, self.pipe
+        # Copies give their results together and a serialiser sends them one by one: it may hold the units up.
+        moves = module.wire(1)
+        self.moves = moves.q
+        a = Banks(module, "a", stage.steps)
+        b = Banks(module, "b", stage.columns * stage.steps) if stage.dynamic else None
+        available = a.available & b.available if b else a.available
+        go = self.moves & available
+        step, last_step = module.counter(stage.steps, go, "step")
+        _, segment_last = module.counter(stage.per_segment, go, "in_segment")
+        row_end = go & last_step
+        _, last_group = module.counter(stage.groups, row_end, "group")
+        issued = row_end & last_group
+        valid = module.delayed(available, self.moves, initial=0)
+        word = a.read(step, self.moves)
+        a.release(issued, self.moves, valid)
+        if b:
+            _, last_row = module.counter(stage.rows, issued, "row")
+            operands = [self._dynamic(b, go)]
+            b.release(issued & last_row, self.moves, valid)
+        else:
+            operands = self._loaded(go, row_end)
+        codes = stage.unit.lanes * stage.unit.a.code_bits
+        common = {
+            "enable": self.moves,
+            "valid": valid,
+            "segment_last": module.delayed(segment_last, self.moves),
+            "last": module.delayed(last_step, self.moves),
+            "a": word.low(codes),
+        }
+        if stage.unit.a.side_bits:
+            common["a_side"] = word.bits(codes, stage.unit.a.side_bits)
+        results = [
+            module.instance(self.unit, f"unit{index}", {**common, **operand}) for index, operand in enumerate(operands)
+        ]
+        totals = [requantized(result["total"], -stage.unit.window.lsb, stage.result) for result in results]
+        done = results[0]["done"]
+        if stage.copies == 1:
+            moves.set(pipe.enable)
+            out = pipe.end(done, totals[0])
+        else:
+            out = self._serial(done, totals, moves)
+        ready = {"a": a.ready, **({"b": b.ready} if b else {})}
+        return module.close(ready, {"out": out})
+
+    def _dynamic(self, b: Banks, go: Signal) -> dict[str, Signal]:
+        """The words of b's rows, one after the other for every row of a."""
+        stage = self.stage
+        place, _ = self.module.counter(stage.columns * stage.steps, go, "b_read")
+        word = b.read(place, self.moves)
+        codes = stage.unit.lanes * stage.unit.b.code_bits
+        found = {"b": word.low(codes)}
+        if stage.unit.b.side_bits:
+            found["b_side"] = word.bits(codes, stage.unit.b.side_bits)
+        return found
+
+    def _loaded(self, go: Signal, row_end: Signal) -> list[dict[str, Signal]]:
+        """The words of the loaded weights, for each copy."""
+        stage, module = self.stage, self.module
+        memories = iter(module.loaded(stage.memories))
+        place, _ = module.counter(stage.groups * stage.steps, go, "b_read")
+        side: Signal | None = None
+        if stage.unit.b.side_bits:
+            _, last = module.counter(stage.side_steps, go, "in_block")
+            side, _ = module.counter(stage.groups * stage.side_words, go & last, "side_read")
+        group, _ = module.counter(stage.groups, row_end, "bias_read")
+        found: list[dict[str, Signal]] = []
+        for _ in range(stage.copies):
+            operand = {"b": next(memories).read(module, place, self.moves)}
+            if side is not None:
+                operand["b_side"] = next(memories).read(module, side, self.moves)
+            if stage.unit.bias:
+                operand["bias"] = next(memories).read(module, group, self.moves)
+            found.append(operand)
+        return found
+
+    def _serial(self, done: Signal, totals: list[Signal], moves: Wire) -> tuple[Signal, Signal]:
+        """The copies' results one after the other; the units wait while a group is still being sent."""
+        stage, module, pipe = self.stage, self.module, self.pipe
+        count = stage.copies
+        left = module.register((count).bit_length(), "left")
+        held = module.register(count * stage.result.width, "results", initial=None)
+        sends = pipe.enable
+        empty = left.q.equals(0)
+        last_one = left.q.equals(1) & sends
+        free = empty | last_one
+        moves.set(~done | free)
+        take = done & free
+        _, last_group = module.counter(stage.groups, take, "sent_group")
+        rest = stage.columns - (stage.groups - 1) * count
+        amount = last_group.then(module.constant(rest, left.q.width), module.constant(count, left.q.width))
+        left.set(take.then(amount, (sends & ~empty).then(left.q - 1, left.q)))
+        width = stage.result.width
+        rest_of = join(module.constant(0, width), held.q.bits(width, (count - 1) * width))
+        held.set(take.then(join(*reversed(totals)), (sends & ~empty).then(rest_of, held.q)))
+        return pipe.end(~empty, held.q.low(width))
