@@ -17,6 +17,7 @@ from ..dialects.operations._values import path_of, torch_dtype
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.contraction import Contraction, is_outer_product, weights_of
 from ..dialects.operations.opaque import AtenOp
+from ..dialects.windows import WindowAttr
 from ._opaque_macs import opaque_macs
 from ._shapes import Shapes, shapes_in, values_of
 from .stored_tensors import Tensor, sized, stored_tensors
@@ -186,8 +187,9 @@ def _contracted(op: Contraction, shapes: Shapes) -> Contracted:
     counted.add_results(op, shapes)
     macs = op.macs(lambda v: shapes[v])
     found = counted.contracted(path_of(op.results[0]) or op.name, op.name.removeprefix("mx."), macs, _why(op))
-    accumulator = op.properties.get("acc")
-    return replace(found, accumulator=accumulator.label) if isinstance(accumulator, AccumulatorAttr) else found
+    stated = (op.properties.get(name) for name in ("acc", "window"))
+    sums = next((sum for sum in stated if isinstance(sum, AccumulatorAttr | WindowAttr)), None)
+    return found if sums is None else replace(found, accumulator=sums.label)
 
 
 def _why(op: Contraction) -> str:

@@ -14,13 +14,14 @@ from xdsl.utils.target import Target
 from ..dialects import formats
 from ..dialects.instances import name_of
 from ..dialects.names import attribute, identifier, unique
-from ..dialects.operations._operation import Call, Operation
+from ..dialects.operations._operation import AsCodes, Call, Operation
 from ..dialects.operations._shapes import element_of, shape_of
 from ..dialects.operations._values import path_of, torch_dtype
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import ExpertLinearOp, LinearOp
 from ..dialects.operations.parameter import ParameterOp
 from ..dialects.torch_operators import operator, quantize_call
+from ._code_nodes import on_codes
 from ._exact_nodes import ExactNodes
 from .kernels import fake_quantization
 from .reference import Weights, body, constants
@@ -109,6 +110,10 @@ class _Emitter:
         elif isinstance(op, ExpertLinearOp) and op.acc is not None:
             (value,) = self.exact.inputs(op)
             found = self.exact.experts(op, self._operand(value, call.dtype), self._node(op.index))
+        elif any(isinstance(argument, AsCodes) for argument in call.args):
+            module, values = on_codes(call, self.constants)
+            place = self.buffers.hold_module(path_of(op.results[0]) or op.name, module)
+            found = self.graph.create_node("call_module", place, tuple(self._node(value) for value in values))
         else:
             found = self._call(call)
         results = (

@@ -145,6 +145,7 @@ def _opened(path: Path) -> Compiled | ModelSource:
 def _compiled(compiled: Compiled) -> Evaluated:
     layers = [op for op in compiled.module.walk() if isinstance(op, LinearOp | ExpertLinearOp)]
     stated = {layer.acc.label for layer in layers if layer.acc is not None}
+    stated |= {layer.window.label for layer in layers if isinstance(layer, LinearOp) and layer.window is not None}
     return replace(_of_source(compiled.source, compiled), accumulators=tuple(sorted(stated)))
 
 

@@ -14,11 +14,13 @@ from xdsl.ir import Attribute, Operation, SSAValue, TypeAttribute
 from ..backends.reference import constants
 from ..dialects.errors import MxloomError
 from ..dialects.formats import is_wide
+from ..dialects.integer_attribute import IntegerMeaningAttr
 from ..dialects.operations._operation import AsCodes
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import Contraction, EmbeddingOp, ExpertLinearOp, LinearOp
 from ..dialects.operations.parameter import ParameterOp
+from ..dialects.windows import WindowAttr
 from ..passes._sites import module_name, root
 from .capture import register
 from .precision import widen
@@ -52,6 +54,11 @@ def to_hf(compiled: Compiled) -> Any:
     reached: set[CastOp] = set()
     codes = _weight_codes(compiled)
     for op in compiled.function.walk():
+        if any(isinstance(stated, WindowAttr | IntegerMeaningAttr) for stated in op.properties.values()):
+            raise MxloomError(
+                f"%{op.results[0].name_hint or '?'} is computed in integers, as no Hugging Face module does; "
+                "run the compiled model itself"
+            )
         if isinstance(op, (Contraction, EmbeddingOp)):
             _transfer(op, model, compiled, reached)
         if isinstance(op, LinearOp | ExpertLinearOp) and op.acc is not None:

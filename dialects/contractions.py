@@ -173,6 +173,17 @@ def bounds_of(element: Element) -> Bounds:
     return Bounds(magnitude_of(element) / step, _unit(element, step))
 
 
+def bounds_of_format(fmt: Attribute) -> Bounds:
+    """The bounds of the codes of a format that has codes (`why_no_codes`), zero points included."""
+    numbers = numbers_of(fmt)
+    if isinstance(numbers, Plain):
+        return bounds_of(numbers.element_numbers)
+    assert isinstance(numbers, BlockType)
+    element = numbers.scaling((1,) * len(numbers.dims)).element
+    found = bounds_of(element)
+    return found if numbers.zero == NoneAttr() else replace(found, largest=found.largest * 2)
+
+
 def _unit(element: Element, step: float) -> float:
     smallest = element.smallest if isinstance(element, Minifloat) else 2.0 ** -_fixed(element).fraction
     return smallest / step

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log2
+from math import floor, gcd, log2
 from typing import TYPE_CHECKING
 
-from xdsl.dialects.builtin import IntAttr
+from xdsl.dialects.builtin import DYNAMIC_INDEX, IntAttr, f8E8M0FNU
 from xdsl.ir import Attribute, ParametrizedAttribute
 from xdsl.irdl import irdl_attr_definition, param_def
 from xdsl.parser import AttrParser
 from xdsl.printer import Printer
 from xdsl.utils.exceptions import VerifyException
 
-from .contractions import Coded, exact_dot, fits_f64, in_segments, segment_length, sum_to_odd
+from .contractions import (
+    Coded,
+    bounds_of_format,
+    exact_dot,
+    fits_f64,
+    in_segments,
+    segment_length,
+    sum_to_odd,
+    to_odd,
+    why_no_codes,
+)
+from .formats import BlockType, MixedType, is_wide
+from .formats._builtin import numbers_of
+from .formats._element import Minifloat
+from .formats._plain import Plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +94,14 @@ def windowed(input: Tensor, weight: Tensor, bias: Tensor | None, width: int, lsb
     return total * 2.0**lsb
 
 
+def windowed_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, width: int, lsb: int, segment: int
+) -> Tensor:
+    """`windowed` with a weight [N, K], or [K, N] where it is `transposed`, as linear layers have it."""
+    weight = weight if transposed else weight.T
+    return windowed(input[None], weight, bias, width, lsb, segment)[0]
+
+
 _NARROW = 2.0**-15
 """Below this part of a segment's largest value lie the digits that are summed apart."""
 
@@ -113,7 +135,7 @@ def _normalized(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def windowed_codes(input: Coded, weight: Coded, bias: Tensor | None, width: int, lsb: int) -> Tensor:
     """The same for operands under factors of any kind: input [..., K], weight [N, K] -> [..., N] f64.
 
-    Factors of a segment are multiplied exactly; a factor of a whole tensor is multiplied at the end, in f64.
+    Factors of a segment are multiplied exactly; a factor of a whole tensor is multiplied at the end, once.
     """
     import torch
 
@@ -131,12 +153,94 @@ def windowed_codes(input: Coded, weight: Coded, bias: Tensor | None, width: int,
         scale = sx[:, segment, None].to(torch.float64) * sw[None, :, segment].to(torch.float64)
         term = exact_dot(x[:, segment], w[:, segment], exact) * scale * 2.0**-lsb
         total = (total + term.round_().clamp_(lowest, top)).clamp_(lowest, top)
-    total = total * 2.0**lsb
-    for over in (input.over, weight.over):
-        total = total if over is None else total * over.to(torch.float64)
-    return total.reshape(*leading, w.shape[0])
+    total = (total * 2.0**lsb).reshape(*leading, w.shape[0])
+    return _times(total, [over for over in (input.over, weight.over) if over is not None])
+
+
+def _times(total: Tensor, factors: list[Tensor]) -> Tensor:
+    """The total times f32 factors of the whole tensor: exact, or rounded to odd where f64 does not hold the product.
+
+    What follows is one rounding to 24 bits at most, which odd digits keep right.
+    """
+    import torch
+
+    if not factors:
+        return total
+    factor = torch.ones((), dtype=torch.float64, device=total.device)
+    for each in factors:  # two of 24 digits each
+        factor = factor * each.to(torch.float64)
+    product = total * factor
+    (a, b), (c, d) = _split(total), _split(factor)
+    rest = ((a * c - product) + a * d + b * c) + b * d
+    return to_odd(product, rest)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two halves of 26 digits (Dekker, "A floating-point technique for extending the available precision", 1971)."""
+    large = x * (2.0**27 + 1)
+    high = large - (large - x)
+    return high, x - high
+
+
+def why_no_window_operand(fmt: Attribute) -> str | None:
+    """Why a contraction into a window does not take operands of a format; None where it does."""
+    if is_wide(fmt):
+        return f"it is {fmt}, not quantized"
+    if isinstance(fmt, MixedType):
+        return why_no_codes(fmt.low) or why_no_codes(fmt.high)
+    return why_no_codes(fmt)
+
+
+def common_segment(one: tuple[Attribute, int], other: tuple[Attribute, int], size: int) -> int:
+    """The length of the segments in which operands of two formats keep one scale, each with its summed dimension.
+
+    A size that a format does not divide, or that is not known, is `WHOLE` where no scale changes along it.
+    """
+    lengths = [length for fmt, along in (one, other) if (length := _length(fmt, along, size)) is not None]
+    return gcd(*lengths) if lengths else WHOLE
+
+
+WHOLE = 1 << 40
+"""A segment longer than any sum."""
+
+
+def why_not_exact(one: tuple[Attribute, int], other: tuple[Attribute, int], size: int) -> str | None:
+    """Why f64 does not hold the products of two formats (each with the dimension it is summed along) and their scales.
+
+    Scales that are powers of two change no digits; others add theirs to those of the products' sum.
+    """
+    length = min(common_segment(one, other, size), size if size != DYNAMIC_INDEX else WHOLE)
+    bounds = [bounds_of_format(fmt) for fmt, _ in (one, other)]
+    digits = sum(scale_digits(fmt) for fmt, _ in (one, other))
+    needed = sum(log2(each.largest / each.step) for each in bounds) + log2(max(length, 1)) + digits
+    if not digits or needed <= 53:
+        return None
+    return (
+        f"sums of {length} products of {one[0]} and {other[0]} with their scales take {floor(needed) + 1} digits, "
+        "and the definition has 53: use scales that are powers of two"
+    )
+
+
+def _length(fmt: Attribute, along: int, size: int) -> int | None:
+    """The block's length along a dimension, None where one scale holds for all of it."""
+    block = fmt.low if isinstance(fmt, MixedType) else fmt
+    if not isinstance(block, BlockType):
+        return None
+    own = block.dims[along] if len(block.dims) >= -along else 1
+    return None if own == DYNAMIC_INDEX or (size != DYNAMIC_INDEX and own >= size) else own
+
+
+def scale_digits(fmt: Attribute) -> int:
+    """Binary digits of a format's scale: 0 where it is a power of two, or where there is none."""
+    if isinstance(fmt, MixedType):
+        return max(scale_digits(fmt.low), scale_digits(fmt.high))
+    if not isinstance(fmt, BlockType) or fmt.scale == f8E8M0FNU:
+        return 0
+    numbers = numbers_of(fmt.scale)
+    element = numbers.element_numbers if isinstance(numbers, Plain) else None
+    return element.precision + 1 if isinstance(element, Minifloat) else 24
 
 
 def needed_bits(largest: float, window: WindowAttr) -> int:
     """Bits of a window with the same lowest bit that holds a magnitude."""
-    return max(0, int(log2(max(largest, 1e-300)) // 1) + 1 - window.lsb.data) + 1
+    return max(0, floor(log2(max(largest, 1e-300))) + 1 - window.lsb.data) + 1

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Self
 
-from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, TensorType, UnitAttr, f32
+from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, TensorType, UnitAttr, f32, f64
 from xdsl.ir import Attribute, SSAValue
 from xdsl.irdl import irdl_op_definition, operand_def, opt_operand_def, opt_prop_def, result_def
 
 from ..accumulator import AccumulatorAttr
-from ..formats import default_scale_rule, is_wide, takes_scale_rule
+from ..formats import MixedType, default_scale_rule, is_wide, takes_scale_rule
+from ..windows import WindowAttr
 from ._operation import AsCodes, Call
 from ._origin import is_weight
 from ._shapes import UNKNOWN, Shape, ShapeOf, broadcast, element_of, fits, product, same, shape_of, text
@@ -34,7 +35,8 @@ class LinearOp(Contraction):
     """Input times transposed weight, plus bias: summed wide, rounded once into the result's type.
 
     input [..., K], weight [N, K] ([K, N] when `transposed`; a bias then wants an input [M, K]), bias [N] -> [..., N].
-    With an accumulator `acc` both operands are of formats, and `contractions.linear` says how they are summed.
+    With an accumulator `acc` both operands are of formats, and `contractions.linear` says how they are summed; with a
+    `window` it is `windows.windowed`.
     """
 
     name = "mx.linear"
@@ -58,10 +60,12 @@ class LinearOp(Contraction):
     bias = opt_operand_def(TensorType)
     transposed = opt_prop_def(UnitAttr)
     acc = opt_prop_def(AccumulatorAttr)
+    window = opt_prop_def(WindowAttr)
     result = result_def(TensorType)
 
     def check(self) -> None:
         _check_accumulator(self)
+        self.require(self.acc is None or self.window is None, "it sums into an accumulator or a window, not both")
         given, weight = shape_of(self.input), shape_of(self.weight)
         self.require(len(weight) == 2, f"the weight must be a matrix, got {text(weight)}")
         self.require(len(given) >= 1, "the input needs a dimension to sum over, got a scalar")
@@ -76,6 +80,7 @@ class LinearOp(Contraction):
             self.require(fits(expected, got), f"the bias must be {text(expected)}, got {text(got)}")
         if self.transposed is not None and self.bias is not None:
             self.require(len(given) == 2, f"transposed and with a bias, it needs a matrix as input, got {text(given)}")
+        _check_window(self)
 
     @classmethod
     def from_arguments(
@@ -104,6 +109,8 @@ class LinearOp(Contraction):
         return self.ATEN[1 if self.bias is not None else 2]
 
     def call(self) -> Call:
+        if self.window is not None:
+            return self._windowed(self.window)
         if self.acc is None:
             return super().call()
         from ..contractions import linear
@@ -113,6 +120,16 @@ class LinearOp(Contraction):
 
     def shape_call(self) -> Call:
         return super().call()
+
+    def _windowed(self, window: WindowAttr) -> Call:
+        from ..windows import windowed_codes, windowed_linear
+
+        width, lsb = window.width.data, window.lsb.data
+        if has_float_scales(self):
+            codes = (AsCodes(self.input), AsCodes(self.weight, self.transposed is not None))
+            return Call(windowed_codes, (*codes, self.bias, width, lsb), {}, f64)
+        operands = (self.input, self.weight, self.bias, self.transposed is not None)
+        return Call(windowed_linear, (*operands, width, lsb, segment_of(self)), {}, f64)
 
     def _outputs(self) -> int:
         return shape_of(self.weight)[1 if self.transposed is not None else 0]
@@ -141,6 +158,50 @@ def why_no_accumulator(operation: LinearOp | ExpertLinearOp) -> str | None:
     return None
 
 
+def _check_window(operation: LinearOp | MatmulOp) -> None:
+    if operation.window is not None and (reason := why_no_window(operation)) is not None:
+        operation.require(False, f"no window: {reason}")
+
+
+def why_no_window(operation: LinearOp | MatmulOp) -> str | None:
+    """Why an operation cannot sum into a window; None where it can."""
+    from ..windows import why_no_window_operand, why_not_exact
+
+    for name, value, _ in _multiplied(operation):
+        if (reason := why_no_window_operand(element_of(value))) is not None:
+            return f"the {name}: {reason}"
+    if not has_float_scales(operation):
+        return None
+    (_, one, a), (_, other, b) = _multiplied(operation)
+    if isinstance(operation, MatmulOp):
+        return f"scales of {element_of(one)} and {element_of(other)} are no powers of two, and both are computed"
+    for name, value, _ in _multiplied(operation):
+        kept = isinstance(value.owner, CastOp | ParameterOp) or _keeps_codes(element_of(value))
+        if isinstance(element_of(value), MixedType) or not kept:
+            return f"the {name} is a value of {element_of(value)} whose codes are not kept beside scales in float"
+    return why_not_exact((element_of(one), a), (element_of(other), b), shape_of(one)[-1])
+
+
+def has_float_scales(operation: Contraction) -> bool:
+    """Whether a scale of an operand is no power of two, so that values alone do not say what the sums are."""
+    from ..windows import scale_digits
+
+    return any(scale_digits(element_of(value)) for _, value, _ in _multiplied(operation))
+
+
+def segment_of(operation: Contraction) -> int:
+    """The length of the segments of K in which both operands keep one scale; more than any K where none changes."""
+    from ..windows import common_segment
+
+    (_, one, a), (_, other, b) = _multiplied(operation)
+    return common_segment((element_of(one), a), (element_of(other), b), shape_of(one)[-1])
+
+
+def _multiplied(operation: Contraction) -> list[tuple[str, SSAValue, int]]:
+    """The multiplied operands, each with the dimension that is summed over, counted from the end."""
+    return [(name, getattr(operation, name), along[0]) for name, along in operation.reduced().items()]
+
+
 def _keeps_codes(fmt: Attribute) -> bool:
     """Whether values alone give the sums of their products: they have no scale, or powers of two."""
     return default_scale_rule(fmt) is None or takes_scale_rule(fmt)
@@ -148,13 +209,17 @@ def _keeps_codes(fmt: Attribute) -> bool:
 
 @irdl_op_definition
 class MatmulOp(Contraction):
-    """Matrix product of two values: input [..., M, K], other [..., K, N] -> [..., M, N]; vectors as in torch."""
+    """Matrix product of two values: input [..., M, K], other [..., K, N] -> [..., M, N]; vectors as in torch.
+
+    With a `window` both operands are of formats, and `windows.windowed` says how they are summed.
+    """
 
     name = "mx.matmul"
     ATEN: ClassVar = (Aten("aten.matmul.default"),)
 
     input = operand_def(TensorType)
     other = operand_def(TensorType)
+    window = opt_prop_def(WindowAttr)
     result = result_def(TensorType)
 
     def check(self) -> None:
@@ -165,6 +230,8 @@ class MatmulOp(Contraction):
             f"{text(a)} times {text(b)}: the first ends in {a[-1]}, the second sums over {b[max(len(b) - 2, 0)]}",
         )
         self.require(broadcast(a[:-2], b[:-2]) is not None, f"batches of {text(a)} and {text(b)} do not broadcast")
+        self.require(self.window is None or min(len(a), len(b)) > 1, "a window takes matrices, no vectors")
+        _check_window(self)
 
     def result_shape(self) -> Shape:
         a, b = shape_of(self.input), shape_of(self.other)
@@ -175,6 +242,17 @@ class MatmulOp(Contraction):
 
     def reduced(self) -> Reduced:
         return {"input": (-1,), "other": (-2,) if len(shape_of(self.other)) > 1 else (-1,)}
+
+    def call(self) -> Call:
+        if self.window is None:
+            return super().call()
+        from ..windows import windowed
+
+        numbers = (self.window.width.data, self.window.lsb.data, segment_of(self))
+        return Call(windowed, (self.input, self.other, None, *numbers), {}, f64)
+
+    def shape_call(self) -> Call:
+        return super().call()
 
 
 def weights_of(operation: Contraction) -> tuple[str, ...]:
