@@ -8,7 +8,7 @@ from functools import cached_property
 from ....dialects.integer import Point
 from ..arithmetic import requantized
 from ..dot_product import DotProduct
-from ..rtl import Module, Signal, Wire, join
+from ..rtl import Module, Signal, Wire, address_bits, join
 from ._stream import Banks, Memory, Pipe, Stage, StreamModule
 
 
@@ -32,9 +32,8 @@ class Contraction(Stage):
 
     @property
     def steps(self) -> int:
-        """Beats of one row, blocks padded to their full length."""
-        segments = -(-self.size // self.unit.segment)
-        return segments * (self.unit.segment // self.unit.lanes)
+        """Beats of one row: a last block that is not full ends with the row."""
+        return -(-self.size // self.unit.lanes)
 
     @property
     def groups(self) -> int:
@@ -81,7 +80,7 @@ class Contraction(Stage):
     @cached_property
     def side_words(self) -> int:
         """Words of scales of one row of weights: one where a scale holds for all of it."""
-        return 1 if self.unit.b.block is None else self.steps // self.side_steps
+        return -(-self.steps // self.side_steps)
 
     @property
     def side_steps(self) -> int:
@@ -108,8 +107,8 @@ class _Builder:
         available = a.available & b.available if b else a.available
         go = self.moves & available
         step, last_step = module.counter(stage.steps, go, "step")
-        _, segment_last = module.counter(stage.per_segment, go, "in_segment")
         row_end = go & last_step
+        segment_last = self._ends(stage.per_segment, go, last_step, "in_segment")
         _, last_group = module.counter(stage.groups, row_end, "group")
         issued = row_end & last_group
         valid = module.delayed(available, self.moves, initial=0)
@@ -120,7 +119,7 @@ class _Builder:
             operands = [self._dynamic(b, go)]
             b.release(issued & last_row, self.moves, valid)
         else:
-            operands = self._loaded(go, row_end)
+            operands = self._loaded(go, last_step)
         codes = stage.unit.lanes * stage.unit.a.code_bits
         common = {
             "enable": self.moves,
@@ -155,16 +154,28 @@ class _Builder:
             found["b_side"] = word.bits(codes, stage.unit.b.side_bits)
         return found
 
-    def _loaded(self, go: Signal, row_end: Signal) -> list[dict[str, Signal]]:
+    def _ends(self, count: int, go: Signal, last_step: Signal, name: str) -> Signal:
+        """Whether a step is the last of its `count`, or of its row."""
+        module, steps = self.module, self.stage.steps
+        if count >= steps:
+            return last_step
+        if steps % count == 0:
+            return module.counter(count, go, name)[1]
+        place = module.register(address_bits(count), name)
+        last = place.q.equals(count - 1) | last_step
+        place.set(last.then(0, place.q + 1), go)
+        return last
+
+    def _loaded(self, go: Signal, last_step: Signal) -> list[dict[str, Signal]]:
         """The words of the loaded weights, for each copy."""
         stage, module = self.stage, self.module
         memories = iter(module.loaded(stage.memories))
         place, _ = module.counter(stage.groups * stage.steps, go, "b_read")
         side: Signal | None = None
         if stage.unit.b.side_bits:
-            _, last = module.counter(stage.side_steps, go, "in_block")
+            last = self._ends(stage.side_steps, go, last_step, "in_block")
             side, _ = module.counter(stage.groups * stage.side_words, go & last, "side_read")
-        group, _ = module.counter(stage.groups, row_end, "bias_read")
+        group, _ = module.counter(stage.groups, go & last_step, "bias_read")
         found: list[dict[str, Signal]] = []
         for _ in range(stage.copies):
             operand = {"b": next(memories).read(module, place, self.moves)}

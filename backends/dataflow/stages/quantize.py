@@ -17,7 +17,7 @@ SCALE_RULES = ("floor", "even", "ceil", "rceil")
 class Quantize(Stage):
     """Rows of `size` numbers, one a beat, into blocks of an operand's format: `lanes` elements a beat.
 
-    A last block that is not full is filled up with zeros. `rule` chooses the power of two (`dialects/formats/_scale`).
+    A row's last beat that is not full is filled up with zeros. `rule` chooses the power of two (`dialects/formats/_scale`).
     """
 
     given: Point
@@ -40,6 +40,12 @@ class Quantize(Stage):
         return -(-self.size // self.block)
 
     @property
+    def last_block(self) -> int:
+        """Elements of a row's last block, zeros that fill its last beat included."""
+        rest = self.size - (self.blocks - 1) * self.block
+        return -(-rest // self.lanes) * self.lanes
+
+    @property
     def inputs(self) -> dict[str, int]:
         return {"in": self.given.width}
 
@@ -49,11 +55,11 @@ class Quantize(Stage):
 
     @property
     def beats(self) -> dict[str, int]:
-        return {"in": self.rows * self.size, "out": self.rows * self.blocks * self.block // self.lanes}
+        return {"in": self.rows * self.size, "out": self.rows * -(-self.size // self.lanes)}
 
     @property
     def cycles(self) -> int:
-        return self.rows * self.blocks * self.block
+        return self.rows * ((self.blocks - 1) * self.block + self.last_block)
 
     def module(self, name: str) -> Module:
         return _Builder(self, self.start(name)).build()
@@ -68,8 +74,8 @@ class _Builder:
         stage, module = self.stage, self.module
         pipe = Pipe(module, "out")
         rows = _Blocks(module, stage)
-        index, last = module.counter(stage.block, rows.available & pipe.enable, "element")
         go = rows.available & pipe.enable
+        index, last = self._elements(go)
         valid = pipe.flag(rows.available)
         word = rows.read(index, pipe.enable)
         present = pipe.step(rows.holds(index))
@@ -82,6 +88,18 @@ class _Builder:
         if position is not None:
             side = pipe.step(self._scale(position, pipe.step(rows.empty)))
         return self._packed(pipe, rows.ready, valid, code, side)
+
+    def _elements(self, go: Signal) -> tuple[Signal, Signal]:
+        """(the element that is read; whether it is its block's last)."""
+        stage, module = self.stage, self.module
+        if stage.last_block == stage.block:
+            return module.counter(stage.block, go, "element")
+        index = module.register(address_bits(stage.block), "element")
+        last = module.wire(1)
+        _, in_last = module.counter(stage.blocks, go & last.q, "block")
+        last.set(index.q.equals(stage.block - 1) | (in_last & index.q.equals(stage.last_block - 1)))
+        index.set(last.q.then(0, index.q + 1), go)
+        return index.q, last.q
 
     def _rounded(self, number: Signal, position: Signal | None) -> Signal:
         """An element's code."""

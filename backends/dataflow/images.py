@@ -1,0 +1,70 @@
+"""What memories are filled with: encoded tensors as words, in the order in which a stage reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .codes import OperandCode
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from ...dialects.formats import Encoded
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix as a contraction reads it: codes [rows, padded size], what stands beside the blocks [rows, blocks]."""
+
+    codes: ndarray
+    sides: ndarray
+
+
+def rows_of(encoded: Encoded, code: OperandCode, padded: int) -> Rows:
+    """The rows of an encoded matrix [rows, size], zeros behind them up to `padded`."""
+    import torch
+
+    rows, size = encoded.shape
+    codes = np.zeros((rows, padded), np.int64)
+    codes[:, :size] = encoded.codes.to(torch.int64).numpy() & ((1 << code.code_bits) - 1)
+    if code.scale is None or encoded.scales is None:
+        return Rows(codes, np.zeros((rows, 0), np.int64))
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[encoded.scales.element_size()]
+    scales = encoded.scales.view(whole).to(torch.int64).numpy() & ((1 << code.scale.bits) - 1)
+    blocks = 1 if code.block is None else -(-size // code.block)
+    scales = scales.reshape(-1, blocks) if scales.size >= rows else scales.reshape(1, -1)
+    # Blocks of several rows share a scale.
+    scales = np.repeat(scales, -(-rows // scales.shape[0]), 0)[:rows]
+    length = padded if code.block is None else code.block
+    missing = -(-padded // length) - scales.shape[1]
+    return Rows(codes, np.pad(scales, ((0, 0), (0, missing))))
+
+
+def packed(numbers: ndarray, width: int) -> ndarray:
+    """The last dimension's numbers of `width` bits side by side, the first lowest: uint8 [..., bytes]."""
+    bits = (numbers[..., None] >> np.arange(width)) & 1
+    flat = bits.astype(np.uint8).reshape(*numbers.shape[:-1], -1)
+    return np.packbits(flat, axis=-1, bitorder="little")
+
+
+def beats_of(rows: Rows, code: OperandCode, lanes: int) -> ndarray:
+    """The rows as beats of a stream of blocks: `lanes` codes, and what stands beside their block on top."""
+    count, padded = rows.codes.shape
+    codes = rows.codes.reshape(count, padded // lanes, lanes)
+    bits = (codes[..., None] >> np.arange(code.code_bits)) & 1
+    flat = bits.reshape(count, padded // lanes, lanes * code.code_bits)
+    if code.side_bits:
+        length = (padded if code.block is None else code.block) // lanes
+        sides = np.repeat(rows.sides, length, 1)[:, : padded // lanes]
+        flat = np.concatenate([flat, (sides[..., None] >> np.arange(code.side_bits)) & 1], -1)
+    return np.packbits(flat.astype(np.uint8), axis=-1, bitorder="little").reshape(count * (padded // lanes), -1)
+
+
+def widened(parts: Sequence[ndarray], width: int) -> ndarray:
+    """Words of several memories, one after the other, as beats of `width` bits."""
+    size = -(-width // 8)
+    return np.concatenate([np.pad(part, ((0, 0), (0, size - part.shape[1]))) for part in parts])

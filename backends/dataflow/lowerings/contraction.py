@@ -1,0 +1,198 @@
+"""Contractions: operands come as blocks from quantizers, weights stand in memories."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from xdsl.ir import Attribute, SSAValue
+
+from ....dialects.contractions import transposed_format
+from ....dialects.errors import MxloomError
+from ....dialects.formats import Rounding, encode_tensor, is_wide
+from ....dialects.operations._operation import Operation
+from ....dialects.operations._shapes import element_of, shape_of
+from ....dialects.operations.cast import CastOp
+from ....dialects.operations.parameter import ParameterOp
+from ..codes import OperandCode, operand_code
+from ..dot_product import DotProduct
+from ..flow import Flow, in_order
+from ..graph import Place
+from ..images import packed, rows_of
+from ..lowering import Design, Folding, lowers, point_of, refusal, site_of
+from ..stages.contraction import Contraction
+from ..stages.quantize import Quantize
+from ..window import Window
+from .rows import fixed_codes
+
+LANES = 32
+"""Elements of a beat where no block says how many."""
+
+
+def window_of(attribute: Any) -> Window:
+    """The window that an attribute states."""
+    return Window(attribute.width.data, attribute.lsb.data)
+
+
+def segment_of(a: OperandCode, b: OperandCode, size: int, lanes: int) -> int:
+    """Elements that are summed exactly: those of the shorter block, or all of them."""
+    blocks = [code.block for code in (a, b) if code.block is not None]
+    return min(blocks) if blocks else -(-size // lanes) * lanes
+
+
+def lanes_of(a: OperandCode, b: OperandCode, size: int, folding: Folding) -> int:
+    """Elements of a beat: as the folding says, at most a segment."""
+    blocks = [code.block for code in (a, b) if code.block is not None]
+    most = min(blocks) if blocks else min(LANES, size)
+    lanes = folding.lanes or most
+    if blocks and most % lanes:
+        raise MxloomError(f"{lanes} lanes do not divide blocks of {most}")
+    return min(lanes, most)
+
+
+@lowers("mx.linear")
+def _linear(design: Design, op: Any) -> None:
+    if op.window is None:
+        raise refusal(op, "it states no window: run the pass legalize-hardware first")
+    size = shape_of(op.input)[-1]
+    type = element_of(op.weight)
+    weight_type = transposed_format(type) if op.transposed is not None else type
+    try:
+        a, b = operand_code(element_of(op.input), size), operand_code(weight_type, size)
+        folding = design.folding.get(op.results[0].name_hint or "", Folding())
+        lanes = lanes_of(a, b, size, folding)
+    except MxloomError as error:
+        raise refusal(op, str(error)) from None
+    bias = None if op.bias is None else point_of(op.bias, op)
+    unit = DotProduct(a, b, lanes, segment_of(a, b, size, lanes), window_of(op.window), bias)
+    columns, rows = shape_of(op.results[0])[-1], prod(shape_of(op.results[0])[:-1])
+    stage = Contraction(unit, rows, columns, size, point_of(op.results[0], op), min(folding.copies, columns))
+    fills = _weight_words(design, op, stage, weight_type)
+    node = design.graph.add("linear", stage, site_of(op), fills)
+    place = blocks_of(design, op, op.input, a, lanes)
+    design.graph.connect(place, Place(node.name, "a"))
+    design.give(op, Place(node.name, "out"))
+
+
+@lowers("mx.matmul")
+def _matmul(design: Design, op: Any) -> None:
+    if op.window is None:
+        raise refusal(op, "it states no window: run the pass legalize-hardware first")
+    product_of_streams(design, op, op.input, op.other, window_of(op.window))
+
+
+def product_of_streams(design: Design, op: Any, input: SSAValue, other: SSAValue, window: Window) -> None:
+    """A product of two computed values; the second stands in memory while rows of the first pass."""
+    left, right = shape_of(input), shape_of(other)
+    size = left[-1]
+    type = transposed_format(element_of(other))
+    try:
+        a, b = operand_code(element_of(input), size), operand_code(type, size)
+        lanes = lanes_of(a, b, size, Folding())
+    except MxloomError as error:
+        raise refusal(op, str(error)) from None
+    if left[:-2] != right[:-2]:
+        raise refusal(op, f"operands of shapes {left} and {right}: hardware needs one batch")
+    unit = DotProduct(a, b, lanes, segment_of(a, b, size, lanes), window)
+    stage = Contraction(
+        unit, left[-2], right[-1], size, point_of(op.results[0], op), dynamic=True, runs=prod(left[:-2])
+    )
+    node = design.graph.add("matmul", stage, site_of(op))
+    design.graph.connect(blocks_of(design, op, input, a, lanes), Place(node.name, "a"))
+    place = blocks_of(design, op, other, b, lanes, transposed=True)
+    design.graph.connect(place, Place(node.name, "b"))
+    design.give(op, Place(node.name, "out"))
+
+
+def blocks_of(
+    design: Design,
+    op: Operation,
+    value: SSAValue,
+    code: OperandCode,
+    lanes: int,
+    *,
+    transposed: bool = False,
+) -> Place:
+    """The stream of an operand's blocks: one quantizer for all that read a value alike."""
+    key = (value, code, lanes, transposed)
+    if key in design.quantized:
+        return design.quantized[key]
+    owner = value.owner
+    if isinstance(owner, CastOp) and value not in design.flows:
+        flow, how = design.flow(owner.input, op), owner.how()
+    else:
+        flow, how = design.flow(value, op), Rounding()
+    if transposed:
+        rank = len(flow.shape)
+        flow = flow.permuted([*range(rank - 2), rank - 1, rank - 2])
+    place = quantized(design, op, flow, code, lanes, how, site_of(op) if transposed else "")
+    design.quantized[key] = place
+    return place
+
+
+def quantized(
+    design: Design, op: Operation, flow: Flow, code: OperandCode, lanes: int, how: Rounding, site: str
+) -> Place:
+    """A quantizer behind a flow."""
+    if how.clip is not None or how.rounding == "stochastic":
+        raise refusal(op, "clipped and stochastic rounding of computed values have no hardware")
+    if code.scale is not None and code.scale.mantissa_bits:
+        raise refusal(op, f"a computed value in {code.name}: scales that are floats are chosen by no hardware")
+    own = site or design_site(flow, op)
+    stage = Quantize(
+        flow.point,
+        code,
+        lanes,
+        prod(flow.shape[:-1]),
+        flow.shape[-1],
+        how.scale_rule or ("floor" if code.elements[0].is_fixed else "even"),
+        how.rounding,
+    )
+    node = design.graph.add("quantize", stage, own)
+    design.graph.connect(in_order(design.graph, flow, f"{own}_operand"), Place(node.name, "in"))
+    return Place(node.name, "out")
+
+
+def design_site(flow: Flow, op: Operation) -> str:
+    """The name of a quantizer: that of the stage whose numbers it takes."""
+    return flow.place.node or f"{flow.place.stream}_{site_of(op)}"
+
+
+def encoded_weight(design: Design, op: Operation, value: SSAValue, type: Attribute, *, transposed: bool) -> Any:
+    """A weight as codes and scales, rows along the sum."""
+    owner = value.owner
+    if isinstance(owner, CastOp) and isinstance(owner.input.owner, ParameterOp):
+        wide, how = design.constant(owner.input), owner.how()
+    elif isinstance(owner, ParameterOp) and not is_wide(element_of(value)):
+        found = design.weights.encoded(owner.source.data, element_of(value), shape_of(value))
+        if not transposed:
+            return found
+        wide, how = found.decode(), Rounding()
+    else:
+        raise refusal(op, f"the weight {value.name_hint} is no parameter in a format")
+    assert wide is not None
+    wide = wide.transpose(-1, -2).contiguous() if transposed else wide
+    return encode_tensor(wide.float(), type, how)  # pyright: ignore[reportArgumentType]
+
+
+def _weight_words(design: Design, op: Any, stage: Contraction, type: Attribute) -> list[np.ndarray]:
+    """The words of every memory of a contraction with weights: those of each copy in turn."""
+    unit = stage.unit
+    encoded = encoded_weight(design, op, op.weight, type, transposed=op.transposed is not None)
+    rows = rows_of(encoded, unit.b, stage.steps * unit.lanes)
+    missing = stage.groups * stage.copies - stage.columns
+    codes = np.pad(rows.codes, ((0, missing), (0, 0)))
+    sides = np.pad(rows.sides, ((0, missing), (0, 0)))[:, : stage.side_words]
+    bias = None
+    if unit.bias is not None:
+        bias = np.pad(fixed_codes(design, op, op.bias), (0, missing)) & ((1 << unit.bias.width) - 1)
+    found: list[np.ndarray] = []
+    for copy in range(stage.copies):
+        own = codes[copy :: stage.copies].reshape(-1, unit.lanes)
+        found.append(packed(own, unit.b.code_bits))
+        if unit.b.side_bits:
+            found.append(packed(sides[copy :: stage.copies].reshape(-1, 1), unit.b.side_bits))
+        if bias is not None and unit.bias is not None:
+            found.append(packed(bias[copy :: stage.copies].reshape(-1, 1), unit.bias.width))
+    return found
