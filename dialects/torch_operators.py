@@ -87,7 +87,7 @@ def attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     rows, columns = query.shape[2], key.shape[2]
-    allowed = _allowed(rows, columns, causal, window, padding, query.device)
+    allowed = visible(rows, columns, causal, window, padding, query.device)
     if allowed is not None:
         lowest = torch.finfo(scores.dtype).min
         mask = torch.where(allowed, torch.zeros((), dtype=scores.dtype, device=scores.device), lowest)
@@ -118,7 +118,7 @@ def _shared_heads(shared: Tensor, heads: int) -> Tensor:
     return expanded.reshape(batch, heads, positions, width)
 
 
-def _allowed(
+def visible(
     rows: int, columns: int, causal: bool, window: int | None, padding: Tensor | None, device: Any
 ) -> Tensor | None:
     """Which key each query may see, [B or 1, 1, Q or 1, K] bool; None where it may see all."""

@@ -73,9 +73,9 @@ def require_root(operation: Operation, value: SSAValue, more: int, eps: float) -
         )
 
 
-def require_exponential(operation: Operation, value: SSAValue, scale: float = 1.0) -> None:
-    """Raise VerifyException where the exponential of the value's format leaves 64 bits."""
-    width, fraction = pair(value)
+def require_exponential(operation: Operation, format: Pair, scale: float = 1.0) -> None:
+    """Raise VerifyException where the exponential of numbers of a format leaves 64 bits."""
+    width, fraction = format
     operation.require(scale > 0, f"computed in integers, the scale is above 0, got {scale}")
     places = Exponential(fraction, scale, 8).places
     operation.require(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType, UnitAttr
-from xdsl.ir import TypeAttribute
+from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType, UnitAttr, f64
+from xdsl.ir import Attribute, TypeAttribute
 from xdsl.irdl import (
     AttrSizedOperandSegments,
     irdl_op_definition,
@@ -19,10 +19,18 @@ from xdsl.utils.exceptions import VerifyException
 
 from .. import formats
 from ..errors import UsageError
-from ._shapes import Shape, ShapeOf, fits, same, shape_of, text
+from ..formats import BlockType, FixedType
+from ..integer import WIDEST
+from ..integer_attribute import IntegerMeaningAttr
+from ..windows import WindowAttr, common_segment, scale_digits, why_no_window_operand
+from ._integer_meaning import require_exponential, require_fixed
+from ._operation import Call
+from ._shapes import UNKNOWN, Shape, ShapeOf, element_of, fits, same, shape_of, text
 from ._torch_operation import Aten, TorchOperation
 from .cast import check_rule
 from .contraction import Contraction, Reduced
+
+Pair = tuple[tuple[Attribute, int], tuple[Attribute, int]]
 
 
 @irdl_op_definition
@@ -32,6 +40,8 @@ class AttentionOp(Contraction):
     query [B, H, Q, D], key [B, G, K, D], value [B, G, K, Dv], padding [B, K] bool, bias broadcast to [B, H, Q, K],
     sinks [H] -> [B, H, Q, Dv]. `causal` and `window` say who sees whom, `softcap` bounds the scores. Where
     `probabilities` is a format, the softmax is rounded into it (by `scale_rule` and `rounding`) before it meets value.
+    With `integer`, `scores` (a fixed-point format), `score_window` and `value_window` it is
+    `integer_attention.attention`: all four or none.
     """
 
     name = "mx.attention"
@@ -52,6 +62,10 @@ class AttentionOp(Contraction):
     probabilities = opt_prop_def(TypeAttribute)
     scale_rule = opt_prop_def(StringAttr)
     rounding = opt_prop_def(StringAttr)
+    integer = opt_prop_def(IntegerMeaningAttr)
+    scores = opt_prop_def(FixedType)
+    score_window = opt_prop_def(WindowAttr)
+    value_window = opt_prop_def(WindowAttr)
     result = result_def(TensorType)
 
     def check(self) -> None:
@@ -80,6 +94,7 @@ class AttentionOp(Contraction):
                 fits(query[1:2], got), f"sinks must hold one number a head {text(query[1:2])}, got {text(got)}"
             )
         self._check_probabilities()
+        self._check_integer()
 
     def fields(self) -> dict[str, Any]:
         """The format of the probabilities goes to torch by its text."""
@@ -96,6 +111,75 @@ class AttentionOp(Contraction):
             check_rule(self, self.probabilities, rule)
             rows = (*shape_of(self.query)[:3], shape_of(self.key)[2])
             formats.verify_tensor(TensorType(self.probabilities, rows))
+
+    def _check_integer(self) -> None:
+        stated = {name: self.properties.get(name) for name in ("integer", "scores", "score_window", "value_window")}
+        missing = [name for name, value in stated.items() if value is None]
+        if len(missing) == len(stated):
+            return
+        self.require(not missing, f"computed in integers, it states {', '.join(stated)}; {missing[:1]} is missing")
+        self.require(self.probabilities is not None, "computed in integers, it states the format of its probabilities")
+        for name in ("softcap", "bias", "sinks"):
+            self.require(getattr(self, name) is None, f"computed in integers, it takes no {name}")
+        require_fixed(self, {"result": self.result})
+        assert self.scores is not None and self.probabilities is not None
+        width, fraction = self.scores.width.data, self.scores.fraction.data
+        self.require(width <= WIDEST, f"computed in integers, its scores have at most {WIDEST} bits, got {width}")
+        require_exponential(self, (width, fraction), self.scale.value.data)
+        operands = {name: element_of(getattr(self, name)) for name in ("query", "key", "value")}
+        for name, fmt in {**operands, "probabilities": self.probabilities}.items():
+            reason = why_no_window_operand(fmt) or (
+                f"scales of {fmt} are no powers of two" if scale_digits(fmt) else None
+            )
+            self.require(reason is None, f"computed in integers, no window: the {name}: {reason}")
+        self.require(
+            not isinstance(operands["value"], BlockType) or common_segment(*self._pairs()[1], UNKNOWN) > 1,
+            "computed in integers, the value has no blocks along its width, each position with a scale of its own: "
+            "let them run along its positions, or use a fixed-point format",
+        )
+
+    def _pairs(self) -> tuple[Pair, Pair]:
+        """The formats of both products, each with the dimension that is summed over."""
+        assert self.probabilities is not None
+        query, key, value = (element_of(operand) for operand in (self.query, self.key, self.value))
+        return ((query, -1), (key, -1)), ((self.probabilities, -1), (value, -2))
+
+    def call(self) -> Call:
+        if self.integer is None:
+            return super().call()
+        from ..integer_attention import attention
+
+        assert self.scores is not None and self.score_window is not None and self.value_window is not None
+        windows = zip(
+            (self.score_window, self.value_window),
+            self._pairs(),
+            (shape_of(self.query)[3], shape_of(self.key)[2]),
+            strict=True,
+        )
+        products = tuple((w.width.data, w.lsb.data, common_segment(*pair, size)) for w, pair, size in windows)
+        return Call(
+            attention,
+            (
+                self.query,
+                self.key,
+                self.value,
+                self.padding,
+                self.scale.value.data,
+                self.causal is not None,
+                None if self.window is None else self.window.value.data,
+                self.integer.table_bits.data,
+                (self.scores.width.data, self.scores.fraction.data),
+                str(self.probabilities),
+                None if self.scale_rule is None else self.scale_rule.data,
+                "rne" if self.rounding is None else self.rounding.data,
+                products,
+            ),
+            {},
+            f64,
+        )
+
+    def shape_call(self) -> Call:
+        return super().call()
 
     def result_shape(self) -> Shape:
         return (*shape_of(self.query)[:3], shape_of(self.value)[3])

@@ -220,7 +220,7 @@ class SoftmaxOp(Normalization):
             self.require(self.dtype is None, "computed in integers, it computes in no dtype: leave it out")
             require_fixed(self, {"input": self.input, "result": self.result})
             require_row(self, self.input)
-            require_exponential(self, self.input)
+            require_exponential(self, pair(self.input))
 
     def call(self) -> Call:
         if self.integer is None:

@@ -140,7 +140,7 @@ class ExpOp(Pointwise):
     def check(self) -> None:
         if self.integer is not None:
             require_fixed(self, {"input": self.input, "result": self.result})
-            require_exponential(self, self.input)
+            require_exponential(self, pair(self.input))
 
     def call(self) -> Call:
         if self.integer is None:
