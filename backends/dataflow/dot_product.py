@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...dialects.integer import Point
-from ...dialects.integer import shifted as shifted_number
 from .arithmetic import adder_tree, magnitude_bits, product, saturated, shifted
 from .codes import OperandCode, ScaleCode
 from .multiplier import decoded_operand, multiplied
@@ -53,31 +52,26 @@ class DotProduct:
         """Cycles from the last beat of a sum to its result."""
         return 4 + (self.segment > self.lanes) + self.has_significands
 
-    @property
-    def has_nan(self) -> bool:
-        """Whether an operand can bring a NaN."""
-        elements = [element.nan for operand in (self.a, self.b) for element in operand.elements]
-        return any(nan != "none" for nan in (*elements, *(scale.nan for scale in self.scales)))
-
-    def module(self, name: str) -> Module:
+    def module(self, name: str, *, tells_nan: bool = False) -> Module:
         """A module that works in the cycles in which `enable` is 1.
 
         Inputs `valid`, `segment_last`, `last`, `a`, `b` (first lane lowest), `a_side`, `b_side` (kind on top of the
-        scale), `bias`; outputs `done` for one enabled cycle with `total` and `nan`.
+        scale), `bias`; outputs `done` for one enabled cycle with `total`, and `nan` where it is asked for: weights are
+        checked before they are loaded, and quantizers give no NaN.
         """
         inputs = [Port(n, 1) for n in ("enable", "valid", "segment_last", "last")]
         inputs += [Port("a", self.lanes * self.a.code_bits), Port("b", self.lanes * self.b.code_bits)]
         inputs += [Port(f"{n}_side", c.side_bits) for n, c in (("a", self.a), ("b", self.b)) if c.side_bits]
         inputs += [Port("bias", self.bias.width)] if self.bias else []
-        module = Module(name, inputs, [Port("done", 1), Port("total", self.window.width), Port("nan", 1)])
-        return _Builder(self, module).build()
+        outputs = [Port("done", 1), Port("total", self.window.width)] + [Port("nan", 1)] * tells_nan
+        return _Builder(self, Module(name, inputs, outputs), tells_nan).build()
 
 
 class _Builder:
     """The stages of the pipeline, in order; flags travel beside the numbers."""
 
-    def __init__(self, unit: DotProduct, module: Module) -> None:
-        self.unit, self.module, self.enable = unit, module, module["enable"]
+    def __init__(self, unit: DotProduct, module: Module, tells_nan: bool) -> None:
+        self.unit, self.module, self.enable, self.tells_nan = unit, module, module["enable"], tells_nan
         self.valid, self.segment_last, self.last = (module[n] for n in ("valid", "segment_last", "last"))
         self.beside: dict[str, Signal] = {}
 
@@ -116,7 +110,7 @@ class _Builder:
                 parts.append(decoded_operand(operand, code, sides[name][0]))
             nans += [part.nan for part in parts if part.nan is not None]
             terms.append(self.step(multiplied(unit.a, unit.b, *parts)))
-        if nans:
+        if nans and self.tells_nan:
             self.beside["nan"] = any_of(nans)
         if unit.bias:
             self.beside["bias"] = module["bias"]
@@ -253,19 +247,12 @@ class _Builder:
             start = fresh.q.then(bias, held.q)
         total = saturated(start.signed(width + 1) + term.signed(width + 1), width)
         held.set(self.last.then(0, total), moving)
-        nan: Signal = module.constant(0, 1)
-        if "nan" in self.beside:
-            seen = module.register(1, "total_nan")
-            nan = seen.q | self.beside["nan"]
-            seen.set(nan & ~self.last, moving)
         ends = moving & self.last
+        told: dict[str, Signal] = {}
+        if self.tells_nan:
+            seen = module.register(1, "total_nan")
+            nan = seen.q | self.beside.get("nan", module.constant(0, 1))
+            seen.set(nan & ~self.last, moving)
+            told["nan"] = module.delayed(nan, ends)
         done = module.delayed(self.valid & self.last, self.enable, "done", initial=0)
-        return module.finish(done=done, total=module.delayed(total, ends), nan=module.delayed(nan, ends))
-
-
-def bias_start(bias: int, point: Point, window: Window) -> int:
-    """Where a sum with this bias starts: the number that the circuit computes."""
-    import torch
-
-    found = int(shifted_number(torch.tensor(bias), point.fraction + window.lsb))
-    return max(-(1 << (window.width - 1)), min((1 << (window.width - 1)) - 1, found))
+        return module.finish(done=done, total=module.delayed(total, ends), **told)

@@ -27,9 +27,7 @@ class Flow:
         return cls(place, point, tuple(shape), row_major(shape), prod(shape))
 
     def permuted(self, dims: Sequence[int]) -> Flow:
-        return replace(
-            self, shape=tuple(self.shape[d] for d in dims), strides=tuple(self.strides[d] for d in dims)
-        )
+        return replace(self, shape=tuple(self.shape[d] for d in dims), strides=tuple(self.strides[d] for d in dims))
 
     def reshaped(self, shape: Sequence[int]) -> Flow | None:
         """The same numbers in another shape; None where they must be moved for it."""

@@ -124,7 +124,7 @@ class Graph:
         """
         network = self.network()
         order = list(nx.topological_sort(network))
-        depth = {name: 0 for name in order}
+        depth = dict.fromkeys(order, 0)
         for name in order:
             for after in network.successors(name):
                 depth[after] = max(depth[after], depth[name] + 1)
@@ -210,7 +210,9 @@ class _Assembly:
                 self._set(target.node, f"{target.stream}_valid", self._valid(source))
                 self._set(target.node, target.stream, self._data(source))
                 if source.node:
-                    self._set(source.node, f"{source.stream}_ready", self.signals[target.node][f"{target.stream}_ready"])
+                    self._set(
+                        source.node, f"{source.stream}_ready", self.signals[target.node][f"{target.stream}_ready"]
+                    )
             else:
                 out[target.stream] = (self._valid(source), self._data(source))
                 if source.node:
@@ -257,5 +259,3 @@ class _Assembly:
             self._set(node.name, "load_valid", top.valid(CONFIG) & number.equals(index))
             self._set(node.name, "load", top[CONFIG].low(width))
         return top.constant(1, 1)
-
-

@@ -146,7 +146,9 @@ def _outputs(design: Design, operation: ReturnOp, module: ModuleOp) -> None:
         name = next(n for n in (base, *(f"{base}_out{i}" for i in range(index + 2))) if n not in taken)
         taken.add(name)
         if value not in design.flows:
-            raise MxloomError(f"the output {path_of(value)} {text(shape_of(value))} is no stream of fixed-point numbers")
+            raise MxloomError(
+                f"the output {path_of(value)} {text(shape_of(value))} is no stream of fixed-point numbers"
+            )
         flow = design.flows[value]
         graph.outputs.append(Boundary(name, flow.point, flow.shape))
         graph.connect(in_order(graph, flow, site_of_value(value)), Place("", name))

@@ -8,9 +8,9 @@ from ....dialects.operations._operation import Operation
 from ....dialects.operations._shapes import element_of, shape_of
 from ....dialects.operations.cast import CastOp
 from ..flow import Flow, in_order
+from ..graph import Place
 from ..lowering import Design, attribute_number, lowers, moved, point_of, refusal, site_of
 from ..stages.pointwise import Convert
-from ..graph import Place
 
 
 @lowers("mx.reshape", "mx.flatten", "mx.unsqueeze", "mx.squeeze")

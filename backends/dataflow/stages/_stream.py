@@ -211,6 +211,24 @@ class Banks:
         return free
 
 
+def banked_cycles(rows: Sequence[tuple[int, int]], repeats: int = 12) -> float:
+    """Cycles of a period of rows in steady state: (words written, cycles in which it is read) of each.
+
+    A row is written once the bank of the last but one is free, one cycle after it was read.
+    """
+    written = read = 0
+    free = [0, 0]
+    ends: list[int] = []
+    for writing, reading in [*rows] * 2 * repeats:
+        bank = len(ends) % 2
+        written = max(written, free[bank]) + writing
+        read = max(read, written) + reading
+        free[bank] = read + 1
+        ends.append(read)
+    half = len(ends) // 2
+    return (ends[-1] - ends[half - 1]) / repeats
+
+
 class Pipe:
     """A pipeline whose every register moves in the cycles in which its output register is free."""
 

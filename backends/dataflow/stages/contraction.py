@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 from ....dialects.integer import Point
 from ..arithmetic import requantized
 from ..dot_product import DotProduct
 from ..rtl import Module, Signal, Wire, address_bits, join
-from ._stream import Banks, Memory, Pipe, Stage, StreamModule
+from ._stream import Banks, Memory, Pipe, Stage, StreamModule, banked_cycles
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,12 @@ class Contraction(Stage):
 
     @property
     def cycles(self) -> int:
-        """N x K / (lanes x copies) for each row."""
-        return self.runs * self.rows * max(self.groups * self.steps, self.columns)
+        """N x K / (lanes x copies) for each row, unless the stream of results or a bank is slower."""
+        row = max(self.groups * self.steps, self.columns)
+        if not self.dynamic:
+            return ceil(self.rows * self.runs * banked_cycles([(self.steps, row)]))
+        matrix = (self.columns * self.steps, ceil(self.rows * banked_cycles([(self.steps, row)])))
+        return ceil(self.runs * banked_cycles([matrix]))
 
     @property
     def memories(self) -> tuple[Memory, ...]:

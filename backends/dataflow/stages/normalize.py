@@ -52,8 +52,8 @@ class Normalize(Stage):
     @property
     def row_overhead(self) -> int:
         """Cycles of a row in which nothing is read: mean, root, division, and the bank's release."""
-        mean = self._mean_bits + 3 if self.centred else 0
-        return mean + 1 + self.root.ROOT_BITS + 1 + self.root.numerator.bit_length() + 1 + 2
+        mean = self.sum_bits + 2 if self.centred else 0
+        return mean + self.root.ROOT_BITS + self.root.numerator.bit_length() + 4
 
     @property
     def cycles(self) -> int:
@@ -63,10 +63,6 @@ class Normalize(Stage):
     def sum_bits(self) -> int:
         """Bits of the sum of a row, shifted so that it is never negative, doubled, and half a size added."""
         return (self.size * (1 << self.given.width) * 2 + self.size).bit_length()
-
-    @property
-    def _mean_bits(self) -> int:
-        return self.sum_bits
 
     def module(self, name: str) -> Module:
         return _Builder(self, self.start(name)).build()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from ....dialects.integer import Point
 from ..arithmetic import leading_zeros, requantized, saturated, shifted_by
 from ..codes import E8M0, ElementCode, OperandCode
 from ..rtl import Module, Signal, address_bits, join
-from ._stream import Banks, Pipe, Stage, StreamModule
+from ._stream import Banks, Pipe, Stage, StreamModule, banked_cycles
 
 SCALE_RULES = ("floor", "even", "ceil", "rceil")
 
@@ -17,7 +18,8 @@ SCALE_RULES = ("floor", "even", "ceil", "rceil")
 class Quantize(Stage):
     """Rows of `size` numbers, one a beat, into blocks of an operand's format: `lanes` elements a beat.
 
-    A row's last beat that is not full is filled up with zeros. `rule` chooses the power of two (`dialects/formats/_scale`).
+    A row's last beat that is not full is filled up with zeros. `rule` chooses the power of two, as in
+    `dialects/formats/_scale`.
     """
 
     given: Point
@@ -59,7 +61,9 @@ class Quantize(Stage):
 
     @property
     def cycles(self) -> int:
-        return self.rows * ((self.blocks - 1) * self.block + self.last_block)
+        written = self.size - (self.blocks - 1) * self.block
+        row = [(self.block, self.block)] * (self.blocks - 1) + [(written, self.last_block)]
+        return ceil(self.rows * banked_cycles(row))
 
     def module(self, name: str) -> Module:
         return _Builder(self, self.start(name)).build()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from ....dialects.integer import Point
 from ..arithmetic import product, requantized
 from ..rtl import Module
-from ._stream import Banks, Memory, Pipe, Stage
+from ._stream import Banks, Memory, Pipe, Stage, banked_cycles
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Rope(Stage):
 
     @property
     def cycles(self) -> int:
-        return self.rows * self.size
+        return ceil(self.rows * banked_cycles([(self.size, self.size)]))
 
     def module(self, name: str) -> Module:
         module = self.start(name)

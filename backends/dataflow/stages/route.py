@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from ..rtl import Module, Signal, address_bits, all_of, any_of
-from ._stream import Banks, Pipe, Stage
+from ._stream import Banks, Pipe, Stage, banked_cycles
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Reorder(Stage):
 
     @property
     def cycles(self) -> int:
-        return self.runs * max(self.count, self.read_words)
+        return ceil(self.runs * banked_cycles([(self.count, self.read_words)]))
 
     def module(self, name: str) -> Module:
         module = self.start(name)
