@@ -18,7 +18,7 @@ from .stages.route import Fifo, Fork
 if TYPE_CHECKING:
     from numpy import ndarray
 
-CONFIG = "config"
+CONFIG = "load"
 """The stream that fills every memory: a word below, the number of the stage on top."""
 
 

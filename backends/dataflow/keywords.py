@@ -28,7 +28,7 @@ wait_order wand weak weak0 weak1 while wildcard wire with within wor xnor xor
 RESERVED = frozenset(_WORDS.split())
 """IEEE 1800-2017, annex B, table B.1."""
 
-_OURS = frozenset(("clk", "rst", "config"))
+_OURS = frozenset(("clk", "rst", "load"))
 
 
 def port_name(text: str) -> str:

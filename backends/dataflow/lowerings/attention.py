@@ -11,7 +11,7 @@ from ....dialects.contractions import transposed_format
 from ....dialects.errors import MxloomError
 from ....dialects.formats import Rounding
 from ....dialects.integer import Point
-from ....dialects.integer_meanings import WEIGHTS
+from ....dialects.integer_attention import WEIGHTS
 from ....dialects.operations._shapes import element_of, shape_of
 from ..codes import operand_code
 from ..dot_product import DotProduct

@@ -1,0 +1,122 @@
+"""The test bench of an emitted design: it fills the memories, sends the vectors, and checks every beat itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .graph import CONFIG, Graph
+
+VECTORS = "vectors"
+"""The folder of the vectors, in the design's folder."""
+
+_HEAD = """// Checks {top} against golden vectors: every beat of every output, and that a beat that waits stays.
+// STALL is how many of 256 cycles each stream waits at random; 0 never.
+`timescale 1ns / 1ps
+module bench;
+  parameter integer STALL = 64;
+  parameter integer LIMIT = {limit};
+  reg clk = 0;
+  reg rst = 1;
+  integer cycle = 0;
+  integer mismatches = 0;
+  integer violations = 0;
+  integer tail = 0;
+  integer seed = 1;
+  always #5 clk = ~clk;
+  initial begin
+    repeat (4) @(posedge clk);
+    #1 rst = 0;
+  end
+"""
+
+_INPUT = """
+  reg [{top}:0] {name}_words [0:{last}];
+  integer {name}_place = 0;
+  reg {name}_valid = 0;
+  wire {name}_ready;
+  wire [{top}:0] {name} = {name}_words[{name}_place < {count} ? {name}_place : {last}];
+  wire {name}_takes = {name}_valid && {name}_ready;
+  initial $readmemh("{folder}/{name}.mem", {name}_words);
+  always @(posedge clk) begin
+    if (rst) begin
+      {name}_valid <= 0;
+      {name}_place <= 0;
+    end else begin
+      if ({name}_takes) {name}_place <= {name}_place + 1;
+      if ({name}_takes || !{name}_valid)
+        {name}_valid <= {begin} && ({name}_place + ({name}_takes ? 1 : 0) < {count})
+                        && (($random(seed) & 255) >= STALL);
+    end
+  end
+"""
+
+_OUTPUT = """
+  reg [{top}:0] {name}_words [0:{last}];
+  integer {name}_place = 0;
+  reg {name}_ready = 0;
+  wire {name}_valid;
+  wire [{top}:0] {name};
+  reg {name}_waits = 0;
+  reg [{top}:0] {name}_before = 0;
+  initial $readmemh("{folder}/{name}.mem", {name}_words);
+  always @(posedge clk) begin
+    {name}_ready <= (($random(seed) & 255) >= STALL);
+    if (!rst) begin
+      if ({name}_waits && (!{name}_valid || {name} !== {name}_before)) violations = violations + 1;
+      {name}_waits <= {name}_valid && !{name}_ready;
+      {name}_before <= {name};
+      if ({name}_valid && {name}_ready) begin
+        if ({name}_place >= {count} || {name} !== {name}_words[{name}_place < {count} ? {name}_place : 0]) begin
+          if (mismatches < 10)
+            $display("beat %0d of {name}: %h, expected %h", {name}_place, {name},
+                     {name}_words[{name}_place < {count} ? {name}_place : 0]);
+          mismatches = mismatches + 1;
+        end
+        {name}_place <= {name}_place + 1;
+      end
+    end
+  end
+"""
+
+_TAIL = """
+  {design} dut (
+    .clk(clk),
+    .rst(rst),
+{connections}
+  );
+  always @(posedge clk) begin
+    cycle = cycle + 1;
+    if ({done}) tail = tail + 1;
+    if (tail == 64) begin
+      $display("{beats} beats, %0d mismatches, %0d violations of the protocol, %0d cycles", mismatches, violations,
+               cycle - 64);
+      if (mismatches != 0 || violations != 0) $fatal(1, "FAIL");
+      $display("PASS");
+      $finish;
+    end
+    if (cycle == LIMIT) $fatal(1, "FAIL: not done after %0d cycles", LIMIT);
+  end
+endmodule
+"""
+
+
+def test_bench(graph: Graph, design: str, counts: Mapping[str, int], limit: int) -> str:
+    """The Verilog text; `counts` gives the beats of each stream's vectors, `limit` the cycles before it gives up."""
+    parts = [_HEAD.format(top=design, limit=limit)]
+    loads = CONFIG in graph.input_streams
+    for name, width in graph.input_streams.items():
+        begin = "1" if name == CONFIG or not loads else f"({CONFIG}_place == {counts[CONFIG]})"
+        parts.append(_stream(_INPUT, name, width, counts[name], begin=begin))
+    for name, width in graph.output_streams.items():
+        parts.append(_stream(_OUTPUT, name, width, counts[name]))
+    names = [*graph.input_streams, *graph.output_streams]
+    ports = [f"    .{name}{part}({name}{part})" for name in names for part in ("", "_valid", "_ready")]
+    done = " && ".join(f"{name}_place >= {counts[name]}" for name in graph.output_streams)
+    beats = sum(counts[name] for name in graph.output_streams)
+    parts.append(_TAIL.format(design=design, connections=",\n".join(ports), done=done, beats=beats))
+    return "".join(parts)
+
+
+def _stream(template: str, name: str, width: int, count: int, **more: str) -> str:
+    last = max(count - 1, 0)
+    return template.format(name=name, top=width - 1, count=count, last=last, folder=VECTORS, **more)
