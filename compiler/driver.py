@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, ModuleOp, StringAttr
 
+from ..backends.reference import body
 from ..backends.weight_store import WeightStore
 from ..dialects.errors import MxloomError, UsageError
 from ..dialects.operations._operation import Operation
 from ..dialects.operations.contraction import Contraction
 from ..dialects.operations.opaque import AtenOp
 from ..dialects.operations.parameter import ParameterOp
-from ..passes._context import CompileContext
+from ..passes._context import Calibration, CompileContext
 from ..passes._sites import sites
 from ..passes.accumulate import Accumulate
 from ..passes.quantize import RuleError
+from .calibration import calibration_inputs
 from .compiled import Compiled
 from .model_source import ModelSource, open_model
 from .pipeline import apply_pass, parse_passes
@@ -42,6 +44,7 @@ def compile(
     example: Mapping[str, Any] | None = None,
     dynamic: bool | Mapping[str, Collection[int]] | None = None,
     mode: str = "fast",
+    calibration: Any = None,
     report: Report | None = None,
 ) -> Compiled:
     """Compile a model (a Hugging Face folder, a GGUF file, an nn.Module with `example` inputs, or an opened source).
@@ -53,6 +56,8 @@ def compile(
     input, {"x": [0, 1], "mask": [0, 1]}; False, none.
     `mode` says how linear layers of quantized operands sum: `fast` as torch's f32 product does; `exact` inside a block
     exactly and then in f32, block after block, as hardware does (the pass `accumulate`, which offers more).
+    `calibration` is what passes that measure ranges run the model on: a text or its file, or a list of dictionaries of
+    inputs by name; without it a language model speaks from a seed, and any other model gets its example.
     A recipe's `evaluate` is carried out: the result's `evaluation`.
     Raises MxloomError with what to do where the model cannot be read or captured or a rule has no effect.
     """
@@ -66,7 +71,15 @@ def compile(
         source.set_dynamic(dynamic)
     reference = _reference(source, chosen)
     module = import_source(source, tell).clone()
-    run_pipeline(module, source.weights, pipeline, chosen, tell)
+    arguments = body(module).args
+    run_pipeline(
+        module,
+        source.weights,
+        pipeline,
+        chosen,
+        tell,
+        lambda samples: calibration_inputs(source, arguments, calibration, samples),
+    )
     compiled = Compiled(
         module=module,
         weights=source.weights,
@@ -173,9 +186,10 @@ def run_pipeline(
     pipeline: str,
     recipe: Recipe | None = None,
     report: Report | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Run a pipeline string over a module, in place, and verify after each pass; an error names the pass."""
-    ctx = CompileContext(weights=weights)
+    ctx = CompileContext(weights=weights, calibration=calibration)
     for step in parse_passes(pipeline):
         try:
             apply_pass(step, ctx, module)

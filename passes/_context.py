@@ -1,20 +1,29 @@
-"""What passes may ask for beside the module: the weights, and how to report progress."""
+"""What passes may ask for beside the module: the weights, and inputs to calibrate with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from xdsl.context import Context
 
 from ..backends.weight_store import WeightStore
 from ..dialects.errors import UsageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Calibration = Callable[[int], Sequence[Sequence["Tensor"]]]
+"""Answers with at most so many inputs of the module, each all of its arguments in order."""
+
 
 @dataclass
 class CompileContext(Context):
-    """xDSL's context with the weights of the model that is compiled."""
+    """xDSL's context with the weights of the model that is compiled, and inputs that show what it computes."""
 
     weights: WeightStore | None = field(default=None)
+    calibration: Calibration | None = field(default=None)
 
 
 def weights_of(ctx: Context, pass_name: str) -> WeightStore:
@@ -26,3 +35,15 @@ def weights_of(ctx: Context, pass_name: str) -> WeightStore:
             "run it through `mxloom compile`, which opens the model"
         )
     return weights
+
+
+def calibration_of(ctx: Context, pass_name: str, samples: int) -> Sequence[Sequence[Tensor]]:
+    """Inputs to calibrate with, or an error that says why the pass cannot run without them."""
+    calibration = getattr(ctx, "calibration", None)
+    found = calibration(samples) if calibration is not None else ()
+    if not found:
+        raise UsageError(
+            f"the pass {pass_name!r} measures the ranges of values, and there are no inputs to run the model on: "
+            "run it through `mxloom compile`, or give calibration= to mxloom.compile"
+        )
+    return found

@@ -147,7 +147,7 @@ class Site:
         type, how = self.layout(format), how or Rounding()
         how = Rounding(how.scale_rule or default_scale_rule(type), how.rounding, how.clip, how.seed)
         if self.is_probabilities:
-            _set_probabilities(cast(AttentionOp, self.operation), type, how)
+            set_probabilities(cast(AttentionOp, self.operation), type, how)
             return
         before = self.value
         if self.role == "cache":
@@ -288,6 +288,7 @@ def _drop_unused(value: SSAValue) -> None:
         Rewriter.erase_op(unused)
 
 
-def _set_probabilities(operation: AttentionOp, format: Attribute, how: Rounding) -> None:
+def set_probabilities(operation: AttentionOp, format: Attribute, how: Rounding) -> None:
+    """Let attention round its probabilities into a format."""
     operation.properties["probabilities"] = format
     operation.properties |= {k: v for k, v in rounding_properties(how).items() if k in ("scale_rule", "rounding")}

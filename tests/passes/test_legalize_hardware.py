@@ -1,0 +1,157 @@
+"""`legalize-hardware`: formats by range, meanings in integers, what stays on the host, what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from xdsl.dialects.builtin import TensorType
+
+import mxloom
+from mxloom.backends.reference import Interpreter, body
+from mxloom.backends.weight_store import WeightStore
+from mxloom.dialects.errors import MxloomError, UsageError
+from mxloom.dialects.formats import FixedType, is_wide
+from mxloom.dialects.mx import parse_module
+from mxloom.dialects.operations._operation import Operation
+from mxloom.dialects.operations._shapes import element_of
+from mxloom.dialects.operations.cast import CastOp
+from mxloom.dialects.operations.contraction import LinearOp
+from mxloom.dialects.operations.parameter import ParameterOp
+from mxloom.passes._context import CompileContext
+from mxloom.passes.legalize_hardware import LegalizeHardware
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(64)
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def legalized(**options: object) -> mxloom.Compiled:
+    passes = ",".join(f"{key}={value}" for key, value in options.items()).replace(",", " ")
+    recipe = {
+        "version": 1,
+        "quantize": [{"weights": "mxint8", "activations": "mxint8"}],
+        "passes": [f"legalize-hardware{{{passes}}}" if passes else "legalize-hardware"],
+    }
+    return mxloom.compile(Mlp().eval(), recipe, example={"x": random(4, 64)})
+
+
+def test_every_value_of_an_mlp_is_fixed_point_and_near_what_it_was() -> None:
+    compiled = legalized()
+    for op in body(compiled.module).ops:
+        if isinstance(op, Operation) and not isinstance(op, ParameterOp):
+            assert all(not is_wide(element_of(result)) for result in op.results)
+    assert isinstance(element_of(body(compiled.module).args[0]), FixedType)
+    wide = mxloom.compile(Mlp().eval(), weights="mxint8", activations="mxint8", example={"x": random(4, 64)})
+    x = random(4, 64)
+    assert (compiled(x) - wide(x)).abs().max() <= 2e-2 * float(wide(x).abs().max())
+    assert torch.equal(compiled(x), Interpreter(compiled.module, compiled.weights)(x)[0])
+
+
+def test_the_point_lies_where_twice_the_largest_magnitude_fits() -> None:
+    """F = width - 1 - n, n the smallest with 2 x amax <= 2^n, of what the module computed before."""
+    wide = mxloom.compile(Mlp().eval(), weights="mxint8", activations="mxint8", example={"x": random(4, 64)})
+    largest: dict[str, float] = {}
+
+    def observe(value: object, tensor: Tensor) -> None:
+        largest[value.name_hint] = float(tensor.abs().max())  # type: ignore[attr-defined]
+
+    Interpreter(wide.module, wide.weights)(random(4, 64), observe=observe)
+    checked = 0
+    for op in body(legalized(width=20).module).ops:
+        for result in op.results:
+            assert isinstance(result.type, TensorType)
+            format = result.type.element_type
+            if isinstance(format, FixedType) and not isinstance(op, CastOp | ParameterOp):
+                n = math.ceil(math.log2(2 * largest[result.name_hint or ""]))
+                assert (format.width.data, format.fraction.data) == (20, 19 - n)
+                checked += 1
+    assert checked == 5
+
+
+def test_windows_reach_8_bits_below_their_result() -> None:
+    layers = [op for op in body(legalized(window=40).module).ops if isinstance(op, LinearOp)]
+    assert len(layers) == 2
+    for layer in layers:
+        format = element_of(layer.result)
+        assert isinstance(format, FixedType) and layer.window is not None
+        assert (layer.window.width.data, layer.window.lsb.data) == (40, -(format.fraction.data + 8))
+
+
+def test_a_window_that_what_was_seen_leaves_is_an_error_that_offers_the_width() -> None:
+    with pytest.raises(MxloomError, match=r"needs \d+ bits, window=\d+") as error:
+        legalized(window=16)
+    assert str(error.value).count("\n") == 2  # both layers at once
+    assert "up: " in str(error.value) and "down: " in str(error.value)
+
+
+def test_options_out_of_range_and_missing_inputs_are_told() -> None:
+    with pytest.raises(UsageError, match="width is a whole number from 8 to 24, got 32"):
+        LegalizeHardware(width=32)
+    module = parse_module("func.func @f(%x: tensor<4xf32>) -> tensor<4xf32> { func.return %x : tensor<4xf32> }")
+    with pytest.raises(UsageError, match="there are no inputs to run the model on"):
+        LegalizeHardware().apply(CompileContext(weights=WeightStore()), module)
+
+
+def apply(text: str, inputs: Sequence[Tensor], weights: dict[str, Tensor] | None = None, **options: object) -> str:
+    module, store = parse_module(text), WeightStore.from_state_dict(weights or {})
+    context = CompileContext(weights=store, calibration=lambda samples: [list(inputs)])
+    LegalizeHardware(**options).apply(context, module)  # type: ignore[arg-type]
+    module.verify()
+    return str(module)
+
+
+def test_one_plus_weight_becomes_a_weight() -> None:
+    text = apply(
+        """func.func @f(%x: tensor<2x8xf32>) -> tensor<2x8xf32> {
+          %w = mx.parameter "norm" : tensor<8xf32>
+          %y = mx.rms_norm %x, %w, eps = 1.0e-06, unit_offset : (tensor<2x8xf32>, tensor<8xf32>) -> tensor<2x8xf32>
+          func.return %y : tensor<2x8xf32>
+        }""",
+        [random(2, 8)],
+        {"norm": torch.full((8,), 0.75)},
+    )
+    assert 'mx.parameter "norm.plus_one"' in text and '"norm"' not in text and "unit_offset" not in text
+    assert "tensor<8x!mx.fixed<16, 14>>" in text  # 1.75 < 2
+
+
+def test_everything_without_a_meaning_is_listed_at_once() -> None:
+    text = """func.func @f(%x: tensor<2x8xf32>, %m: tensor<2x8xf32>) -> tensor<2x8xf32> {
+      %a = mx.div %x, %m : (tensor<2x8xf32>, tensor<2x8xf32>) -> tensor<2x8xf32>
+      %b = mx.softplus %a : (tensor<2x8xf32>) -> tensor<2x8xf32>
+      %c = mx.matmul %b, %w : (tensor<2x8xf32>, tensor<8x8xf32>) -> tensor<2x8xf32>
+      func.return %c : tensor<2x8xf32>
+    }""".replace("%a = mx.div", '%w = mx.parameter "w" : tensor<8x8xf32>\n%a = mx.div')
+    with pytest.raises(MxloomError) as error:
+        apply(text, [random(2, 8), random(2, 8).abs() + 1], {"w": random(8, 8)})
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("3 operations have no meaning")
+    assert "a: mx.div" in lines[1] and "b: mx.softplus" in lines[2] and "quantize it before" in lines[3]
+
+
+def test_only_the_part_that_is_named_is_legalized() -> None:
+    text = """func.func @f(%x: tensor<2x8xf32>) -> tensor<2x8xf32> {
+      %one.act = mx.silu %x : (tensor<2x8xf32>) -> tensor<2x8xf32>
+      %two.act = mx.silu %one.act : (tensor<2x8xf32>) -> tensor<2x8xf32>
+      func.return %two.act : tensor<2x8xf32>
+    }"""
+    lines = apply(text, [random(2, 8)], part=("two",)).splitlines()
+    (one,), (two,) = ([line for line in lines if f"%{name}.act = " in line] for name in ("one", "two"))
+    assert "integer" not in one and "integer = #mx.integer<8>" in two
+    with pytest.raises(UsageError, match="no operation computes"):
+        apply(text, [random(2, 8)], part=("three",))
