@@ -12,22 +12,44 @@ VECTORS = "vectors"
 _HEAD = """// Checks {top} against golden vectors: every beat of every output, and that a beat that waits stays.
 // STALL is how many of 256 cycles each stream waits at random; 0 never.
 `timescale 1ns / 1ps
-module bench;
+module bench
+`ifdef VERILATOR
+  (input clk)
+`endif
+  ;
   parameter integer STALL = 64;
   parameter integer LIMIT = {limit};
+`ifndef VERILATOR
   reg clk = 0;
+  always #5 clk = ~clk;
+`endif
   reg rst = 1;
   integer cycle = 0;
   integer mismatches = 0;
   integer violations = 0;
   integer tail = 0;
   integer seed = 1;
-  always #5 clk = ~clk;
-  initial begin
-    repeat (4) @(posedge clk);
-    #1 rst = 0;
-  end
+  always @(posedge clk) if (cycle == 4) rst <= 0;
 """
+
+CLOCK = """// The clock of the test bench under Verilator, without which no C++ of ours is needed.
+#include "Vbench.h"
+#include "verilated.h"
+int main(int argc, char **argv) {
+  VerilatedContext context;
+  context.commandArgs(argc, argv);
+  Vbench bench{&context};
+  while (!context.gotFinish()) {
+    bench.clk = 0;
+    bench.eval();
+    bench.clk = 1;
+    bench.eval();
+  }
+  bench.final();
+  return 0;
+}
+"""
+"""The C++ program that gives a verilated test bench its clock."""
 
 _INPUT = """
   reg [{top}:0] {name}_words [0:{last}];
