@@ -47,6 +47,7 @@ from ..dialects.windows import WindowAttr, needed_bits, scale_digits, why_no_win
 from ._context import calibration_of, weights_of
 from ._ranges import Ranges, fixed_for, observed
 from ._sites import module_name, root, rounding_properties, set_probabilities
+from .extract import belongs
 
 if TYPE_CHECKING:
     from ..backends.weight_store import WeightStore
@@ -341,14 +342,9 @@ def chip_operations(block: Block, part: tuple[str, ...] = ()) -> list[Operation]
             data.update(op.results)
         elif any(operand in data for operand in op.operands):
             data.update(op.results)
-            if not part or _belongs(op, part):
+            if not part or belongs(module_name(op), part):
                 found.append(op)
     return found
-
-
-def _belongs(op: Operation, part: tuple[str, ...]) -> bool:
-    name = module_name(op)
-    return any(name == each or name.startswith(f"{each}.") for each in part)
 
 
 def _host(block: Block, chip: list[Operation]) -> list[Operation]:
