@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
@@ -17,6 +18,8 @@ from .stages.route import Fifo, Fork
 
 if TYPE_CHECKING:
     from numpy import ndarray
+
+Fill = Callable[[Any], "list[ndarray]"]
 
 CONFIG = "load"
 """The stream that fills every memory: a word below, the number of the stage on top."""
@@ -32,12 +35,17 @@ class Place:
 
 @dataclass
 class Node:
-    """A stage of a design: where it comes from in the model, and what its memories are filled with (uint8 words)."""
+    """A stage of a design, where it comes from in the model, and what makes the words of its memories (uint8)."""
 
     name: str
     stage: Stage
     site: str
-    fills: list[ndarray] = field(default_factory=list)
+    fill: Fill | None = None
+
+    @property
+    def fills(self) -> list[ndarray]:
+        """The words of each memory, as the stage is folded now."""
+        return self.fill(self.stage) if self.fill is not None else []
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,14 @@ class Graph:
         self.inputs: list[Boundary] = []
         self.outputs: list[Boundary] = []
 
-    def add(self, kind: str, stage: Stage, site: str, fills: list[ndarray] | None = None) -> Node:
+    def add(self, kind: str, stage: Stage, site: str, fill: Fill | None = None) -> Node:
         """Place a stage; its name is made from where it comes from and what it is."""
         base = identifier(f"{site}_{kind}" if site else kind)
         name, count = base, 1
         while name in self.nodes:
             count += 1
             name = f"{base}_{count}"
-        self.nodes[name] = Node(name, stage, site, fills or [])
+        self.nodes[name] = Node(name, stage, site, fill)
         return self.nodes[name]
 
     def connect(self, source: Place, target: Place) -> None:

@@ -18,7 +18,7 @@ from ....dialects.operations.parameter import ParameterOp
 from ..codes import OperandCode, operand_code
 from ..dot_product import DotProduct
 from ..flow import Flow, in_order
-from ..graph import Place
+from ..graph import Fill, Place
 from ..images import packed, rows_of
 from ..lowering import Design, Folding, lowers, point_of, refusal, site_of
 from ..stages.contraction import Contraction
@@ -68,8 +68,7 @@ def _linear(design: Design, op: Any) -> None:
     unit = DotProduct(a, b, lanes, segment_of(a, b, size, lanes), window_of(op.window), bias)
     columns, rows = shape_of(op.results[0])[-1], prod(shape_of(op.results[0])[:-1])
     stage = Contraction(unit, rows, columns, size, point_of(op.results[0], op), min(folding.copies, columns))
-    fills = _weight_words(design, op, stage, weight_type)
-    node = design.graph.add("linear", stage, site_of(op), fills)
+    node = design.graph.add("linear", stage, site_of(op), _weights(design, op, stage, weight_type))
     place = blocks_of(design, op, op.input, a, lanes)
     design.graph.connect(place, Place(node.name, "a"))
     design.give(op, Place(node.name, "out"))
@@ -176,23 +175,25 @@ def encoded_weight(design: Design, op: Operation, value: SSAValue, type: Attribu
     return encode_tensor(wide.float(), type, how)  # pyright: ignore[reportArgumentType]
 
 
-def _weight_words(design: Design, op: Any, stage: Contraction, type: Attribute) -> list[np.ndarray]:
-    """The words of every memory of a contraction with weights: those of each copy in turn."""
-    unit = stage.unit
+def _weights(design: Design, op: Any, stage: Contraction, type: Attribute) -> Fill:
+    """What makes the words of a contraction's memories: those of each copy in turn."""
+    lanes, code, bias = stage.unit.lanes, stage.unit.b, stage.unit.bias
     encoded = encoded_weight(design, op, op.weight, type, transposed=op.transposed is not None)
-    rows = rows_of(encoded, unit.b, stage.steps * unit.lanes)
-    missing = stage.groups * stage.copies - stage.columns
-    codes = np.pad(rows.codes, ((0, missing), (0, 0)))
-    sides = np.pad(rows.sides, ((0, missing), (0, 0)))[:, : stage.side_words]
-    bias = None
-    if unit.bias is not None:
-        bias = np.pad(fixed_codes(design, op, op.bias), (0, missing)) & ((1 << unit.bias.width) - 1)
-    found: list[np.ndarray] = []
-    for copy in range(stage.copies):
-        own = codes[copy :: stage.copies].reshape(-1, unit.lanes)
-        found.append(packed(own, unit.b.code_bits))
-        if unit.b.side_bits:
-            found.append(packed(sides[copy :: stage.copies].reshape(-1, 1), unit.b.side_bits))
-        if bias is not None and unit.bias is not None:
-            found.append(packed(bias[copy :: stage.copies].reshape(-1, 1), unit.bias.width))
-    return found
+    rows = rows_of(encoded, code, stage.steps * lanes)
+    biases = None if bias is None else fixed_codes(design, op, op.bias) & ((1 << bias.width) - 1)
+
+    def fill(folded: Contraction) -> list[np.ndarray]:
+        missing = folded.groups * folded.copies - folded.columns
+        codes = np.pad(rows.codes, ((0, missing), (0, 0)))
+        sides = np.pad(rows.sides, ((0, missing), (0, 0)))[:, : folded.side_words]
+        found: list[np.ndarray] = []
+        for copy in range(folded.copies):
+            found.append(packed(codes[copy :: folded.copies].reshape(-1, lanes), code.code_bits))
+            if code.side_bits:
+                found.append(packed(sides[copy :: folded.copies].reshape(-1, 1), code.side_bits))
+            if biases is not None and bias is not None:
+                own = np.pad(biases, (0, missing))[copy :: folded.copies]
+                found.append(packed(own.reshape(-1, 1), bias.width))
+        return found
+
+    return fill

@@ -30,8 +30,8 @@ def _normalize(design: Design, op: Any) -> None:
     points = [None if value is None else point_of(value, op) for value in (op.weight, bias)]
     centred = op.name == "mx.layer_norm"
     stage = Normalize(flow.point, point, rows, size, eps, *points, centred=centred)
-    fills = [_words(design, op, [v for v in (op.weight, bias) if v is not None])] if op.weight is not None else []
-    _placed(design, op, stage, fills)
+    values = [value for value in (op.weight, bias) if value is not None]
+    _placed(design, op, stage, values)
 
 
 @lowers("mx.softmax")
@@ -57,7 +57,7 @@ def _rope(design: Design, op: Any) -> None:
     if prod(angles[:-2]) != 1 or angles[-2] != positions:
         raise refusal(op, f"angles of shape {angles} do not go with rows of shape {flow.shape}")
     stage = Rope(flow.point, point, table, prod(flow.shape[:-1]), flow.shape[-1], positions)
-    _placed(design, op, stage, [_words(design, op, [op.cos, op.sin])])
+    _placed(design, op, stage, [op.cos, op.sin])
 
 
 def _needs_integer(op: Any) -> None:
@@ -65,8 +65,11 @@ def _needs_integer(op: Any) -> None:
         raise refusal(op, "it is not computed in integers: run the pass legalize-hardware first")
 
 
-def _placed(design: Design, op: Any, stage: Stage, fills: list[np.ndarray]) -> None:
-    node = design.graph.add(op.name.removeprefix("mx."), stage, site_of(op), fills)
+def _placed(design: Design, op: Any, stage: Stage, values: list[Any]) -> None:
+    """Place the stage; its memory holds parameters of one size side by side."""
+    words = _words(design, op, values) if values else None
+    fill = None if words is None else lambda _: [words]
+    node = design.graph.add(op.name.removeprefix("mx."), stage, site_of(op), fill)
     place = in_order(design.graph, design.flow(op.input, op), f"{site_of(op)}_input")
     design.graph.connect(place, Place(node.name, "in"))
     design.give(op, Place(node.name, "out"))

@@ -176,22 +176,21 @@ class Banks:
             bank.set(value, self.written & self._writes.q.equals(index))
         return self._reads.q.then(banks[1].q, banks[0].q)
 
-    def read(self, address: Signal, advance: Signal, data: Signal | None = None) -> Signal:
+    def read(self, address: Signal, advance: Signal) -> Signal:
         """The word at an address of the row being read, one step later. Every call is a memory of its own."""
-        bits = address_bits(2 * self.depth)
-        chosen = self._at(self._reads.q, address, bits)
-        return self.module.held_read(
-            2 * self.depth,
-            chosen,
-            advance,
-            write=self._at(self._writes.q, self.place, bits),
-            data=self.module[self.stream] if data is None else data,
-            enable=self.writing,
-        )
+        return self.read_part(self.depth, address, advance, self.place, self.writing)
 
-    def _at(self, bank: Signal, place: Signal, bits: int) -> Signal:
-        place = place.unsigned(bits)
-        return bank.then(place + self.depth, place)
+    def read_part(self, depth: int, address: Signal, advance: Signal, place: Signal, writing: Signal) -> Signal:
+        """The same for a memory of its own that keeps `depth` words of a row, those that come while `writing` is 1."""
+        bits = address_bits(2 * depth)
+        return self.module.held_read(
+            2 * depth,
+            _at(self._reads.q, address, bits, depth),
+            advance,
+            write=_at(self._writes.q, place, bits, depth),
+            data=self.module[self.stream],
+            enable=writing,
+        )
 
     def release(self, issued: Signal, advance: Signal, valid: Signal) -> Signal:
         """Give the row back once its last word, `issued` now, has left the memory; whether it does so now.
@@ -209,6 +208,12 @@ class Banks:
             emptied = free & bank.equals(index)
             full.set(filled | (full.q & ~emptied))
         return free
+
+
+def _at(bank: Signal, place: Signal, bits: int, depth: int) -> Signal:
+    """A place in one of two banks that lie one behind the other."""
+    place = place.unsigned(bits)
+    return bank.then(place + depth, place)
 
 
 def banked_cycles(rows: Sequence[tuple[int, int]], repeats: int = 12) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
+from ....dialects.errors import MxloomError
 from ....dialects.integer import Point
 from ..arithmetic import requantized
 from ..dot_product import DotProduct
@@ -121,7 +122,7 @@ class _Builder:
         a.release(issued, self.moves, valid)
         if b:
             _, last_row = module.counter(stage.rows, issued, "row")
-            operands = [self._dynamic(b, go)]
+            operands = self._dynamic(b, go)
             b.release(issued & last_row, self.moves, valid)
         else:
             operands = self._loaded(go, last_step)
@@ -148,15 +149,25 @@ class _Builder:
         ready = {"a": a.ready, **({"b": b.ready} if b else {})}
         return module.close(ready, {"out": out})
 
-    def _dynamic(self, b: Banks, go: Signal) -> dict[str, Signal]:
-        """The words of b's rows, one after the other for every row of a."""
-        stage = self.stage
-        place, _ = self.module.counter(stage.columns * stage.steps, go, "b_read")
-        word = b.read(place, self.moves)
+    def _dynamic(self, b: Banks, go: Signal) -> list[dict[str, Signal]]:
+        """The words of b's rows, each copy keeping its own, one after the other for every row of a."""
+        stage, module = self.stage, self.module
+        depth = stage.groups * stage.steps
+        place, _ = module.counter(depth, go, "b_read")
+        _, row_ends = module.counter(stage.steps, b.writing, "b_step")
+        turn, _ = module.counter(stage.copies, b.writing & row_ends, "b_copy")
+        if stage.columns % stage.copies:
+            raise MxloomError(f"{stage.copies} units do not share {stage.columns} rows evenly")
         codes = stage.unit.lanes * stage.unit.b.code_bits
-        found = {"b": word.low(codes)}
-        if stage.unit.b.side_bits:
-            found["b_side"] = word.bits(codes, stage.unit.b.side_bits)
+        found: list[dict[str, Signal]] = []
+        for copy in range(stage.copies):
+            mine = b.writing & turn.equals(copy) if stage.copies > 1 else b.writing
+            write, _ = module.counter(depth, mine, f"b_write{copy}")
+            word = b.read_part(depth, place, self.moves, write, mine)
+            operand = {"b": word.low(codes)}
+            if stage.unit.b.side_bits:
+                operand["b_side"] = word.bits(codes, stage.unit.b.side_bits)
+            found.append(operand)
         return found
 
     def _ends(self, count: int, go: Signal, last_step: Signal, name: str) -> Signal:

@@ -162,6 +162,7 @@ def test_every_pair_of_formats(a: str, b: str, scales: str) -> None:
         {"copies": 4, "lanes": 8},
         {"dynamic": True, "runs": 3},
         {"dynamic": True, "lanes": 8},
+        {"dynamic": True, "copies": 3, "runs": 2},
         {"lanes": 1},
         {"size": 1, "lanes": 1},
         {"size": 5, "lanes": 2},

@@ -1,0 +1,94 @@
+"""Folding: how many units work side by side in each contraction, so that a design meets its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ...dialects.errors import UsageError
+from .graph import Graph, Node
+from .stages.contraction import Contraction
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a design may take: `cycles` from one input to the next, and of each resource that the cost model counts."""
+
+    cycles: int | None = None
+    luts: float | None = None
+    area_um2: float | None = None
+
+
+Resources = Callable[[Graph], Limits]
+"""LUTs and area of a design, as the cost model says them."""
+
+
+def fold(graph: Graph, limits: Limits, resources: Resources | None = None) -> None:
+    """Widen contractions, the slowest first, until the limit of cycles is met.
+
+    Without a limit of cycles the design is made as fast as the other limits allow; without any limit it stays as it is.
+    Raises UsageError, saying the nearest that there is, where no folding meets the limits.
+    """
+    spends = limits.luts is not None or limits.area_um2 is not None
+    if limits.cycles is None and not spends:
+        return
+    while limits.cycles is None or interval(graph) > limits.cycles:
+        node = slowest(graph)
+        wider = _wider(node)
+        if wider is None:
+            if limits.cycles is not None:
+                raise UsageError(
+                    f"no folding gives an input every {limits.cycles} cycles: {node.name} takes {node.stage.cycles}, "
+                    f"however wide; the nearest is cycles={interval(graph)}"
+                )
+            break
+        before, node.stage = node.stage, wider
+        if resources is not None and _exceeds(resources(graph), limits):
+            node.stage = before
+            if limits.cycles is not None:
+                raise UsageError(
+                    f"an input every {limits.cycles} cycles takes more than {_named(limits)}: "
+                    f"within them the nearest is cycles={interval(graph)}"
+                )
+            break
+    if spends and resources is not None and _exceeds(resources(graph), limits):
+        needed = resources(graph)
+        raise UsageError(f"the narrowest design takes {_named(needed)}, more than {_named(limits)}")
+
+
+def interval(graph: Graph) -> int:
+    """Cycles from one input to the next: those of the slowest stage."""
+    return slowest(graph).stage.cycles
+
+
+def slowest(graph: Graph) -> Node:
+    """The stage that all others wait for."""
+    return max(graph.nodes.values(), key=lambda node: node.stage.cycles)
+
+
+def _wider(node: Node) -> Contraction | None:
+    """The stage with the next larger number of units that makes it faster; None where none does."""
+    stage = node.stage
+    if not isinstance(stage, Contraction):
+        return None
+    for copies in range(stage.copies + 1, stage.columns + 1):
+        if stage.dynamic and stage.columns % copies:
+            continue
+        wider = replace(stage, copies=copies)
+        if wider.cycles < stage.cycles:
+            return wider
+    return None
+
+
+def _exceeds(found: Limits, limits: Limits) -> bool:
+    pairs = ((found.luts, limits.luts), (found.area_um2, limits.area_um2))
+    return any(limit is not None and taken is not None and taken > limit for taken, limit in pairs)
+
+
+def _named(limits: Limits) -> str:
+    parts = []
+    if limits.luts is not None:
+        parts.append(f"{limits.luts:,.0f} LUTs")
+    if limits.area_um2 is not None:
+        parts.append(f"{limits.area_um2:,.0f} um2")
+    return " and ".join(parts)
