@@ -14,14 +14,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ._circt_lint import name_unread, remove_unread
+
+SIMPLIFY = (("simplify", "hw.module(hw-aggregate-to-comb),canonicalize,cse"),)
 VERILOG = (
     (
         "lower",
-        "hw.module(hw-aggregate-to-comb),lower-seq-firmem,lower-seq-to-sv,"
+        "lower-seq-firmem,lower-seq-to-sv,"
         "hw-memory-sim{disable-mem-randomization=true disable-reg-randomization=true},"
-        "canonicalize,cse,hw.module(prettify-verilog)",
+        "canonicalize,cse",
     ),
 )
+PRETTIFY = (("prettify", "hw.module(prettify-verilog)"),)
 ARC = (
     ("flatten", "hw-flatten-modules"),
     (
@@ -52,7 +56,13 @@ def main(kind: str, source: str, target: str) -> int:
         _say("parse")
         module = ir.Module.parse(text)
         if kind == "verilog":
+            _run(module, SIMPLIFY)
+            _say("unread")
+            remove_unread(module)
             _run(module, VERILOG)
+            _say("names")
+            name_unread(module)
+            _run(module, PRETTIFY)
             _say("export")
             printed = io.StringIO()
             circt.export_verilog(module, printed)
