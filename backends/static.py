@@ -14,6 +14,7 @@ from xdsl.dialects.builtin import (
     StringAttr,
     TensorType,
     UnitAttr,
+    f32,
 )
 from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import Attribute, Block, Region, SSAValue
@@ -99,8 +100,6 @@ class _Static:
         if not fixed and not torch_dtype(element).is_floating_point:
             raise MxloomError(f"{name} holds {element}, which no operation of hardware reads")
         self.weights.put(name, tensor.float().contiguous())
-        from xdsl.dialects.builtin import f32
-
         parameter = ParameterOp.build(
             result_types=[TensorType(f32, tuple(tensor.shape))], properties={"source": StringAttr(name)}
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import floor, gcd, log2
 from typing import TYPE_CHECKING
 
@@ -80,17 +80,23 @@ def windowed(input: Tensor, weight: Tensor, bias: Tensor | None, width: int, lsb
     """
     import torch
 
-    lowest, top = -(2.0 ** (width - 1)), 2.0 ** (width - 1) - 1
     x, w = input.to(torch.float64), weight.to(torch.float64)
-    total: Tensor | None = None
-    if bias is not None:
-        total = (bias.to(torch.float64) * 2.0**-lsb).round().clamp(lowest, top)
-    for start in range(0, x.shape[-1], segment):
-        dot = _exact(x[..., start : start + segment], w[..., start : start + segment, :])
-        term = (dot * 2.0**-lsb).round().clamp(lowest, top)
-        total = term if total is None else (total + term).clamp(lowest, top)
-    if total is None:
-        total = x.new_zeros((*x.shape[:-1], w.shape[-1]))
+    segments = range(0, x.shape[-1], segment)
+    terms = (_exact(x[..., start : start + segment], w[..., start : start + segment, :]) for start in segments)
+    batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+    return _summed(terms, bias, width, lsb, x.new_zeros((*batch, x.shape[-2], w.shape[-1])))
+
+
+def _summed(terms: Iterable[Tensor], bias: Tensor | None, width: int, lsb: int, zero: Tensor) -> Tensor:
+    """The window's sum of exact terms on top of the bias; `zero` has its shape."""
+    lowest, top = -(2.0 ** (width - 1)), 2.0 ** (width - 1) - 1
+
+    def held(number: Tensor) -> Tensor:
+        return (number.to(zero.dtype) * 2.0**-lsb).round().clamp(lowest, top)
+
+    total = zero if bias is None else zero + held(bias)
+    for term in terms:
+        total = (total + held(term)).clamp(lowest, top)
     return total * 2.0**lsb
 
 
@@ -145,15 +151,13 @@ def windowed_codes(input: Coded, weight: Coded, bias: Tensor | None, width: int,
     w, sw = in_segments(weight, length)
     x, sx = x.reshape(-1, *x.shape[-2:]), sx.reshape(-1, sx.shape[-1])
     exact = fits_f64(input.bounds, weight.bounds, length)
-    lowest, top = -(2.0 ** (width - 1)), 2.0 ** (width - 1) - 1
-    total = torch.zeros(x.shape[0], w.shape[0], dtype=torch.float64, device=x.device)
-    if bias is not None:
-        total += (bias.to(torch.float64) * 2.0**-lsb).round_().clamp_(lowest, top)
-    for segment in range(x.shape[1]):
+
+    def term(segment: int) -> Tensor:
         scale = sx[:, segment, None].to(torch.float64) * sw[None, :, segment].to(torch.float64)
-        term = exact_dot(x[:, segment], w[:, segment], exact) * scale * 2.0**-lsb
-        total = (total + term.round_().clamp_(lowest, top)).clamp_(lowest, top)
-    total = (total * 2.0**lsb).reshape(*leading, w.shape[0])
+        return exact_dot(x[:, segment], w[:, segment], exact) * scale
+
+    zero = torch.zeros(x.shape[0], w.shape[0], dtype=torch.float64, device=x.device)
+    total = _summed(map(term, range(x.shape[1])), bias, width, lsb, zero).reshape(*leading, w.shape[0])
     return _times(total, [over for over in (input.over, weight.over) if over is not None])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...dialects.integer import Point
-from .rtl import Signal, any_of, join
+from .rtl import Signal, join
 
 
 def saturated(x: Signal, width: int) -> Signal:
@@ -113,8 +113,3 @@ def product_unsigned(a: Signal, b: Signal) -> Signal:
     """The exact product of unsigned numbers."""
     width = a.width + b.width
     return a.unsigned(width) * b.unsigned(width)
-
-
-def chosen(options: Sequence[tuple[Signal, Signal]]) -> Signal:
-    """The number whose bit (the first of each pair) is 1; at most one is."""
-    return any_of([flag.repeated(number.width) & number for flag, number in options])

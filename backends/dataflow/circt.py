@@ -40,7 +40,9 @@ def arc_model(text: str) -> ArcModel:
 
 def _run(kind: str, text: str, seconds: float = SECONDS) -> str:
     if find_spec("pycde") is None:
-        raise MxloomError('hardware is printed and simulated by CIRCT, which is not installed: pip install "pycde"')
+        raise MxloomError(
+            'hardware is printed and simulated by CIRCT, which is not installed: pip install "mxloom[hardware]"'
+        )
     with TemporaryDirectory(prefix="mxloom-") as folder:
         source, target = Path(folder, "design.mlir"), Path(folder, "found")
         source.write_text(text)

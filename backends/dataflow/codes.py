@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from xdsl.dialects.builtin import FloatNonfiniteBehavior, NoneAttr, f8E8M0FNU, f32
 from xdsl.ir import Attribute
@@ -72,11 +73,6 @@ class ElementCode:
         """The code of the largest magnitude, without its sign; of a minifloat."""
         return (1 << (self.bits - 1)) - 1 - {"none": 0, "code": 1, "exponent": 1 << self.mantissa_bits}[self.nan]
 
-    @property
-    def integer_bits(self) -> int:
-        """Bits of the number as a signed integer."""
-        return self.largest.bit_length() + 1
-
 
 @dataclass(frozen=True)
 class ScaleCode:
@@ -117,7 +113,8 @@ class OperandCode:
     """A contraction's operand: elements in blocks along the sum.
 
     `elements` has one entry, or two where each block is one of two kinds (low, high), told apart by one bit. `block` is
-    None where no scale changes along the sum; `tensor_scale` says that one f32 factor of the whole tensor follows.
+    None where no scale changes along the sum; `block_rows` rows share a scale, all of them where it is None.
+    `tensor_scale` says that one f32 factor of the whole tensor follows.
     """
 
     name: str
@@ -125,6 +122,7 @@ class OperandCode:
     scale: ScaleCode | None = None
     block: int | None = None
     tensor_scale: bool = False
+    block_rows: int | None = 1
 
     @cached_property
     def code_bits(self) -> int:
@@ -159,9 +157,11 @@ def operand_code(type: Attribute, size: int) -> OperandCode:
         raise MxloomError(f"{type} has no hardware: quantize the operand")
     if isinstance(type, MixedType):
         low, high = (operand_code(part, size) for part in (type.low, type.high))
-        if low.scale != high.scale or low.block != high.block or low.tensor_scale or high.tensor_scale:
-            raise MxloomError(f"{type}: hardware takes both kinds of blocks with one length and one kind of scale")
-        return OperandCode(str(type), (*low.elements, *high.elements), low.scale, low.block)
+        alike = (low.scale, low.block, low.block_rows) == (high.scale, high.block, high.block_rows)
+        if not alike or low.tensor_scale or high.tensor_scale:
+            raise MxloomError(f"{type}: hardware takes both kinds of blocks of one shape and with one kind of scale")
+        elements = (*low.elements, *high.elements)
+        return OperandCode(str(type), elements, low.scale, low.block, block_rows=low.block_rows)
     if isinstance(type, BlockType):
         if type.zero != NoneAttr():
             raise MxloomError(f"{type}: zero points have no hardware; use a symmetric format")
@@ -170,7 +170,8 @@ def operand_code(type: Attribute, size: int) -> OperandCode:
         length = None if block < 0 or block >= size else block
         scale = scale_code(type.scale)
         tensor_scale = type.tensor_scale != NoneAttr()
-        return OperandCode(str(type), (ElementCode.of(scaling.element),), scale, length, tensor_scale)
+        height = None if any(dim < 0 for dim in type.dims[:-1]) else prod(type.dims[:-1])
+        return OperandCode(str(type), (ElementCode.of(scaling.element),), scale, length, tensor_scale, height)
     numbers = numbers_of(type)
     if not isinstance(numbers, Plain):
         raise MxloomError(f"{type} has no hardware")

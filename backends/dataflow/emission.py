@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import CLOCK, VECTORS, test_bench
 from .circt import export_verilog
-from .graph import CONFIG, Graph
+from .graph import CONFIG, Boundary, Graph
 from .rtl import circuit_text
 from .verification import Vectors
 
@@ -118,7 +118,7 @@ def interface(graph: Graph, name: str, vectors: Vectors, told: dict[str, Any]) -
     }
 
 
-def _boundary(each: Any) -> dict[str, Any]:
+def _boundary(each: Boundary) -> dict[str, Any]:
     return {
         "stream": each.name,
         "format": f"fixed<{each.point.width}, {each.point.fraction}>",

@@ -124,11 +124,11 @@ class Graph:
                 found.add_edge(source.node, target.node)
         return found
 
-    def add_queues(self, depths: dict[str, int] | None = None) -> list[str]:
+    def add_queues(self) -> list[str]:
         """Queues where paths that part at a fork meet again; returns their names.
 
         Every input of a stage that meets another from the same fork gets one, but for the longest way; a queue holds a
-        whole run's beats unless `depths` says less.
+        whole run's beats.
         """
         network = self.network()
         order = list(nx.topological_sort(network))
@@ -146,14 +146,13 @@ class Graph:
             longest = max(sources, key=lambda target: depth[sources[target].node])
             for target, source in sources.items():
                 if target != longest and before[source.node] & before[sources[longest].node]:
-                    names.append(self._queue(source, target, depths or {}))
+                    names.append(self._queue(source, target))
         return names
 
-    def _queue(self, source: Place, target: Place, depths: dict[str, int]) -> str:
+    def _queue(self, source: Place, target: Place) -> str:
         count = self.beats(source)
         name = f"{self.nodes[target.node].site}_{target.stream}"
         node = self.add("queue", Fifo(self.width(source), count, count), name)
-        node.stage = Fifo(self.width(source), max(1, min(count, depths.get(node.name, count))), count)
         self.sources[target] = Place(node.name, "out")
         self.connect(source, Place(node.name, "in"))
         return node.name

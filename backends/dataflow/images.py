@@ -35,10 +35,8 @@ def rows_of(encoded: Encoded, code: OperandCode, padded: int) -> Rows:
         return Rows(codes, np.zeros((rows, 0), np.int64))
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[encoded.scales.element_size()]
     scales = encoded.scales.view(whole).to(torch.int64).numpy() & ((1 << code.scale.bits) - 1)
-    blocks = 1 if code.block is None else -(-size // code.block)
-    scales = scales.reshape(-1, blocks) if scales.size >= rows else scales.reshape(1, -1)
-    # Blocks of several rows share a scale.
-    scales = np.repeat(scales, -(-rows // scales.shape[0]), 0)[:rows]
+    height = rows if code.block_rows is None else code.block_rows
+    scales = scales.reshape(-1, scales.shape[-1])[np.arange(rows) // height]
     length = padded if code.block is None else code.block
     missing = -(-padded // length) - scales.shape[1]
     return Rows(codes, np.pad(scales, ((0, 0), (0, missing))))
@@ -49,19 +47,6 @@ def packed(numbers: ndarray, width: int) -> ndarray:
     bits = (numbers[..., None] >> np.arange(width)) & 1
     flat = bits.astype(np.uint8).reshape(*numbers.shape[:-1], -1)
     return np.packbits(flat, axis=-1, bitorder="little")
-
-
-def beats_of(rows: Rows, code: OperandCode, lanes: int) -> ndarray:
-    """The rows as beats of a stream of blocks: `lanes` codes, and what stands beside their block on top."""
-    count, padded = rows.codes.shape
-    codes = rows.codes.reshape(count, padded // lanes, lanes)
-    bits = (codes[..., None] >> np.arange(code.code_bits)) & 1
-    flat = bits.reshape(count, padded // lanes, lanes * code.code_bits)
-    if code.side_bits:
-        length = (padded if code.block is None else code.block) // lanes
-        sides = np.repeat(rows.sides, length, 1)[:, : padded // lanes]
-        flat = np.concatenate([flat, (sides[..., None] >> np.arange(code.side_bits)) & 1], -1)
-    return np.packbits(flat.astype(np.uint8), axis=-1, bitorder="little").reshape(count * (padded // lanes), -1)
 
 
 def widened(parts: Sequence[ndarray], width: int) -> ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ from xdsl.dialects.func import ReturnOp
 from xdsl.ir import Attribute, SSAValue
 
 from ...dialects.errors import MxloomError
-from ...dialects.formats import FixedType
+from ...dialects.formats import FixedType, is_wide, quantize
 from ...dialects.integer import Point
 from ...dialects.names import identifier
 from ...dialects.operations._operation import Operation
-from ...dialects.operations._shapes import element_of, shape_of
+from ...dialects.operations._shapes import element_of, shape_of, text
 from ...dialects.operations._values import path_of
 from ...dialects.operations.cast import CastOp
 from ...dialects.operations.parameter import ParameterOp
@@ -44,23 +44,11 @@ def lowers(*names: str) -> Callable[[Lowering], Lowering]:
     return keep
 
 
-@dataclass(frozen=True)
-class Folding:
-    """How wide a contraction is: elements that meet in a cycle in each unit, and units side by side."""
-
-    lanes: int = 0
-    copies: int = 1
-
-
 @dataclass
 class Design:
-    """A design in the making, and the choices that it follows.
-
-    `folding` says how wide each contraction is, by its name; `lanes` 0 stands for a whole block.
-    """
+    """A design in the making: its stages so far, where values are found, and the quantizers that readers share."""
 
     weights: Weights
-    folding: Mapping[str, Folding] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
     flows: dict[SSAValue, Flow] = field(default_factory=dict)
     quantized: dict[tuple[Any, ...], Place] = field(default_factory=dict)
@@ -73,13 +61,9 @@ class Design:
 
     def constant(self, value: SSAValue) -> Tensor | None:
         """The values of a parameter, casts applied; None for what the model computes."""
-        from ...dialects.formats import quantize
-
         owner = value.owner
         if isinstance(owner, ParameterOp):
             element = element_of(value)
-            from ...dialects.formats import is_wide
-
             if is_wide(element):
                 return self.weights.wide(owner.source.data)
             return self.weights.encoded(owner.source.data, element, shape_of(value)).decode()
@@ -94,7 +78,7 @@ class Design:
         self.flows[value] = Flow.whole(place, point_of(value, operation), shape_of(value))
 
 
-def lower(module: ModuleOp, weights: Weights, folding: Mapping[str, Folding] | None = None) -> Graph:
+def lower(module: ModuleOp, weights: Weights) -> Graph:
     """The design of a module whose shapes are all known and whose values are fixed point or of narrow formats.
 
     Raises MxloomError, naming the operation and its place in the model, for all that has no hardware, at once.
@@ -102,7 +86,7 @@ def lower(module: ModuleOp, weights: Weights, folding: Mapping[str, Folding] | N
     from . import lowerings  # noqa: F401  (fills LOWERINGS)
 
     block = body(module)
-    design = Design(weights, folding or {})
+    design = Design(weights)
     refused: list[str] = []
     for argument in block.args:
         name = port_name(argument.name_hint or f"input_{argument.index}")
@@ -111,7 +95,7 @@ def lower(module: ModuleOp, weights: Weights, folding: Mapping[str, Folding] | N
         design.flows[argument] = Flow.whole(Place("", name), boundary.point, boundary.shape)
     for operation in block.ops:
         if isinstance(operation, ReturnOp):
-            _outputs(design, operation, module)
+            _outputs(design, operation)
         elif operation.name in LOWERINGS:
             try:
                 LOWERINGS[operation.name](design, operation)
@@ -121,10 +105,8 @@ def lower(module: ModuleOp, weights: Weights, folding: Mapping[str, Folding] | N
         elif isinstance(operation, Operation):
             refused.append(str(refusal(operation, "the operation has no hardware")))
             _skip(design, operation)
-        if len(refused) > 5:
-            break
     if refused:
-        raise MxloomError("no hardware for this module:\n" + "\n".join(f"  {line}" for line in refused[:5]))
+        raise MxloomError("no hardware for this module:\n" + "\n".join(f"  {line}" for line in refused))
     return design.graph
 
 
@@ -136,9 +118,7 @@ def _skip(design: Design, operation: Any) -> None:
             design.flows[value] = Flow(Place("", ""), Point(24, 0), shape, row_major(shape), prod(shape))
 
 
-def _outputs(design: Design, operation: ReturnOp, module: ModuleOp) -> None:
-    from ...dialects.operations._shapes import text
-
+def _outputs(design: Design, operation: ReturnOp) -> None:
     graph = design.graph
     taken: set[str] = {boundary.name for boundary in graph.inputs}
     for index, value in enumerate(operation.arguments):

@@ -72,10 +72,6 @@ class Signal:
         """Places count as unsigned; zeros come in."""
         return self.module.result(comb.ShrUOp(self.value, places.unsigned(self.width).value))
 
-    def shifted_right_signed(self, places: Signal) -> Signal:
-        """Places count as unsigned; copies of the sign come in."""
-        return self.module.result(comb.ShrSOp(self.value, places.unsigned(self.width).value))
-
     def equals(self, other: Signal | int) -> Signal:
         return self._compared("eq", other)
 

@@ -10,9 +10,12 @@ import numpy as np
 from xdsl.dialects.builtin import ModuleOp
 
 from ...dialects.errors import MxloomError
+from ...dialects.formats import FixedType, quantize
 from ...dialects.integer import Point
+from ...dialects.integer_meanings import codes_on
 from ..reference import Interpreter, Weights
 from .graph import CONFIG, Boundary, Graph
+from .images import packed
 from .simulation.traffic import NO_STALLS, Phase, Run, Stalls
 
 if TYPE_CHECKING:
@@ -52,23 +55,16 @@ class Outcome:
 
 def beats_of_values(values: Tensor, point: Point) -> ndarray:
     """Numbers on a format's grid as beats, in row-major order: uint8 [count, bytes]."""
-    import torch
-
-    codes = (values.to(torch.float64) * 2.0**point.fraction).round().to(torch.int64).reshape(-1).numpy()
+    codes = codes_on(values, point.fraction).reshape(-1).numpy()
     top = 1 << (point.width - 1)
-    if codes.size and not (-top <= codes.min() and codes.max() < top):
-        raise MxloomError(f"a number leaves the {point.width} bits of its stream")
-    size = -(-point.width // 8)
-    return (codes & ((1 << point.width) - 1)).astype("<i8").view(np.uint8).reshape(-1, 8)[:, :size].copy()
+    if not bool(values.isfinite().all()) or (codes.size and not (-top <= codes.min() and codes.max() < top)):
+        raise MxloomError(f"a number leaves the {point.width} bits of its stream, or is none")
+    return packed((codes & ((1 << point.width) - 1))[:, None], point.width)
 
 
 def on_grid(values: Tensor, point: Point) -> Tensor:
-    """Numbers rounded to a format: to nearest, ties to even, saturating."""
-    import torch
-
-    top = 2.0 ** (point.width - 1)
-    codes = (values.to(torch.float64) * 2.0**point.fraction).round().clamp(-top, top - 1)
-    return (codes * 2.0**-point.fraction).to(torch.float32)
+    """Numbers rounded to a format."""
+    return quantize(values, FixedType(point.width, point.fraction))  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)

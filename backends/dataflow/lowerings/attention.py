@@ -8,19 +8,17 @@ from typing import Any
 from xdsl.dialects.builtin import TensorType
 
 from ....dialects.contractions import transposed_format
-from ....dialects.errors import MxloomError
 from ....dialects.formats import Rounding
 from ....dialects.integer import Point
 from ....dialects.integer_attention import WEIGHTS
 from ....dialects.operations._shapes import element_of, shape_of
-from ..codes import operand_code
 from ..dot_product import DotProduct
 from ..flow import Flow
 from ..graph import Place
-from ..lowering import Design, Folding, attribute_number, lowers, point_of, refusal, site_of
+from ..lowering import Design, attribute_number, lowers, point_of, refusal, site_of
 from ..stages.contraction import Contraction
 from ..stages.softmax import Softmax
-from .contraction import blocks_of, lanes_of, quantized, segment_of, window_of
+from .contraction import blocks_of, lanes_of, operands_of, quantized, segment_of, window_of
 from .pointwise import table_bits
 
 
@@ -61,11 +59,8 @@ def _attention(design: Design, op: Any) -> None:
 def _scores(design: Design, op: Any, rows: int, columns: int, runs: int) -> tuple[Point, Contraction]:
     """The format of the scores, and the product that gives them."""
     size = shape_of(op.query)[-1]
-    try:
-        a, b = operand_code(element_of(op.query), size), operand_code(element_of(op.key), size)
-        lanes = lanes_of(a, b, size, Folding())
-    except MxloomError as error:
-        raise refusal(op, str(error)) from None
+    a, b = operands_of(op, element_of(op.query), element_of(op.key), size)
+    lanes = lanes_of(a, b, size)
     scores = Point(op.scores.width.data, op.scores.fraction.data)
     unit = DotProduct(a, b, lanes, segment_of(a, b, size, lanes), window_of(op.score_window))
     return scores, Contraction(unit, rows, columns, size, scores, dynamic=True, runs=runs)
@@ -76,11 +71,8 @@ def _values(design: Design, op: Any, weights: Flow, site: str) -> None:
     batch, heads, rows, _ = shape_of(op.query)
     groups, columns, width = shape_of(op.value)[1:]
     value_type = transposed_format(element_of(op.value))
-    try:
-        a, b = operand_code(op.probabilities, columns), operand_code(value_type, columns)
-        lanes = lanes_of(a, b, columns, Folding())
-    except MxloomError as error:
-        raise refusal(op, str(error)) from None
+    a, b = operands_of(op, op.probabilities, value_type, columns)
+    lanes = lanes_of(a, b, columns)
     unit = DotProduct(a, b, lanes, segment_of(a, b, columns, lanes), window_of(op.value_window))
     point = point_of(op.results[0], op)
     stage = Contraction(unit, rows * heads // groups, width, columns, point, dynamic=True, runs=prod((batch, groups)))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from xdsl.ir import Attribute, SSAValue
 
 from ....dialects.contractions import transposed_format
 from ....dialects.errors import MxloomError
-from ....dialects.formats import Rounding, encode_tensor, is_wide
+from ....dialects.formats import MixedType, Rounding, encode_tensor, is_wide
 from ....dialects.operations._operation import Operation
 from ....dialects.operations._shapes import element_of, shape_of
 from ....dialects.operations.cast import CastOp
@@ -20,11 +20,14 @@ from ..dot_product import DotProduct
 from ..flow import Flow, in_order
 from ..graph import Fill, Place
 from ..images import packed, rows_of
-from ..lowering import Design, Folding, lowers, point_of, refusal, site_of
+from ..lowering import Design, lowers, point_of, refusal, site_of
 from ..stages.contraction import Contraction
 from ..stages.quantize import Quantize
 from ..window import Window
 from .rows import fixed_codes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LANES = 32
 """Elements of a beat where no block says how many."""
@@ -41,14 +44,22 @@ def segment_of(a: OperandCode, b: OperandCode, size: int, lanes: int) -> int:
     return min(blocks) if blocks else -(-size // lanes) * lanes
 
 
-def lanes_of(a: OperandCode, b: OperandCode, size: int, folding: Folding) -> int:
-    """Elements of a beat: as the folding says, at most a segment."""
+def lanes_of(a: OperandCode, b: OperandCode, size: int) -> int:
+    """Elements of a beat: those of the shorter block."""
     blocks = [code.block for code in (a, b) if code.block is not None]
-    most = min(blocks) if blocks else min(LANES, size)
-    lanes = folding.lanes or most
-    if blocks and most % lanes:
-        raise MxloomError(f"{lanes} lanes do not divide blocks of {most}")
-    return min(lanes, most)
+    return min(blocks) if blocks else min(LANES, size)
+
+
+def operands_of(op: Operation, a: Attribute, b: Attribute, size: int) -> tuple[OperandCode, OperandCode]:
+    """How two types come to a contraction, rows along its sum. Raises MxloomError, naming the operation, where not."""
+    try:
+        codes = operand_code(a, size), operand_code(b, size)
+    except MxloomError as error:
+        raise refusal(op, str(error)) from None
+    for code in codes:
+        if code.tensor_scale:
+            raise refusal(op, f"{code.name}: a factor of the whole tensor has no hardware yet")
+    return codes
 
 
 @lowers("mx.linear")
@@ -58,16 +69,12 @@ def _linear(design: Design, op: Any) -> None:
     size = shape_of(op.input)[-1]
     type = element_of(op.weight)
     weight_type = transposed_format(type) if op.transposed is not None else type
-    try:
-        a, b = operand_code(element_of(op.input), size), operand_code(weight_type, size)
-        folding = design.folding.get(op.results[0].name_hint or "", Folding())
-        lanes = lanes_of(a, b, size, folding)
-    except MxloomError as error:
-        raise refusal(op, str(error)) from None
+    a, b = operands_of(op, element_of(op.input), weight_type, size)
+    lanes = lanes_of(a, b, size)
     bias = None if op.bias is None else point_of(op.bias, op)
     unit = DotProduct(a, b, lanes, segment_of(a, b, size, lanes), window_of(op.window), bias)
     columns, rows = shape_of(op.results[0])[-1], prod(shape_of(op.results[0])[:-1])
-    stage = Contraction(unit, rows, columns, size, point_of(op.results[0], op), min(folding.copies, columns))
+    stage = Contraction(unit, rows, columns, size, point_of(op.results[0], op))
     node = design.graph.add("linear", stage, site_of(op), _weights(design, op, stage, weight_type))
     place = blocks_of(design, op, op.input, a, lanes)
     design.graph.connect(place, Place(node.name, "a"))
@@ -86,11 +93,8 @@ def product_of_streams(design: Design, op: Any, input: SSAValue, other: SSAValue
     left, right = shape_of(input), shape_of(other)
     size = left[-1]
     type = transposed_format(element_of(other))
-    try:
-        a, b = operand_code(element_of(input), size), operand_code(type, size)
-        lanes = lanes_of(a, b, size, Folding())
-    except MxloomError as error:
-        raise refusal(op, str(error)) from None
+    a, b = operands_of(op, element_of(input), type, size)
+    lanes = lanes_of(a, b, size)
     if left[:-2] != right[:-2]:
         raise refusal(op, f"operands of shapes {left} and {right}: hardware needs one batch")
     unit = DotProduct(a, b, lanes, segment_of(a, b, size, lanes), window)
@@ -136,6 +140,10 @@ def quantized(
     """A quantizer behind a flow."""
     if how.clip is not None or how.rounding == "stochastic":
         raise refusal(op, "clipped and stochastic rounding of computed values have no hardware")
+    if code.is_mixed:
+        raise refusal(op, f"a computed value in {code.name}: blocks of two kinds have no quantizer yet")
+    if code.block_rows != 1:
+        raise refusal(op, f"a computed value in {code.name}: its blocks take several rows, a quantizer sees one")
     if code.scale is not None and code.scale.mantissa_bits:
         raise refusal(op, f"a computed value in {code.name}: scales that are floats are chosen by no hardware")
     own = site or design_site(flow, op)
@@ -165,14 +173,24 @@ def encoded_weight(design: Design, op: Operation, value: SSAValue, type: Attribu
         wide, how = design.constant(owner.input), owner.how()
     elif isinstance(owner, ParameterOp) and not is_wide(element_of(value)):
         found = design.weights.encoded(owner.source.data, element_of(value), shape_of(value))
+        wide, how = found.decode(), Rounding()
+        _check_finite(op, value, wide)
         if not transposed:
             return found
-        wide, how = found.decode(), Rounding()
     else:
         raise refusal(op, f"the weight {value.name_hint} is no parameter in a format")
     assert wide is not None
+    if isinstance(type, MixedType):
+        raise refusal(op, f"the weight {value.name_hint} is {type}: it has no stored form yet")
+    _check_finite(op, value, wide)
     wide = wide.transpose(-1, -2).contiguous() if transposed else wide
     return encode_tensor(wide.float(), type, how)  # pyright: ignore[reportArgumentType]
+
+
+def _check_finite(op: Operation, value: SSAValue, tensor: Tensor) -> None:
+    """A NaN has no place in a sum of integers."""
+    if not bool(tensor.isfinite().all()):
+        raise refusal(op, f"its parameter {value.name_hint} holds NaN or infinity, which hardware does not")
 
 
 def _weights(design: Design, op: Any, stage: Contraction, type: Attribute) -> Fill:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ....dialects.integer import Point
+from ....dialects.integer_meanings import codes_on
 from ....dialects.operations._shapes import shape_of
 from ..flow import in_order
 from ..graph import Place
@@ -91,6 +91,6 @@ def fixed_codes(design: Design, op: Any, value: Any) -> np.ndarray:
     found = design.constant(value)
     if found is None:
         raise refusal(op, f"its operand {value.name_hint} is computed in the model: hardware keeps a parameter here")
-    point: Point = point_of(value, op)
-    numbers = found.double().reshape(-1).numpy() * 2.0**point.fraction
-    return np.rint(numbers).astype(np.int64)
+    if not bool(found.isfinite().all()):
+        raise refusal(op, f"its parameter {value.name_hint} holds NaN or infinity, which hardware does not")
+    return codes_on(found, point_of(value, op).fraction).reshape(-1).numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -86,16 +86,3 @@ def words_to_numbers(beats: ndarray, *, signed_bits: int | None = None) -> list[
         return found
     half = 1 << (signed_bits - 1)
     return [number - (half << 1) if number >= half else number for number in found]
-
-
-def streams_of(ports: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Names with data, valid and ready among all ports; told apart by whoever knows the directions."""
-    names = [name for name in ports if f"{name}_valid" in ports and f"{name}_ready" in ports]
-    return {name: ports[name] for name in names}, {}
-
-
-def totals(phases: Sequence[Phase], stream: str, *, output: bool) -> int:
-    """Beats of a stream in all phases."""
-    if output:
-        return sum(phase.outputs.get(stream, 0) for phase in phases)
-    return sum(len(phase.inputs[stream]) for phase in phases if stream in phase.inputs)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ....dialects.integer import Point
 from ..rtl import Module, Port, Signal, address_bits, all_of, any_of
 
 
@@ -58,6 +59,30 @@ class Stage(ABC):
         """An empty module with the stage's ports."""
         loads = {"load": max(memory.width for memory in self.memories)} if self.memories else {}
         return StreamModule(name, {**self.inputs, **loads}, self.outputs)
+
+
+class Through(Stage):
+    """A stage that takes one stream of numbers and gives as many on another."""
+
+    given: Point
+    result: Point
+
+    @property
+    @abstractmethod
+    def numbers(self) -> int:
+        """Numbers of one run."""
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        return {"in": self.given.width}
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        return {"out": self.result.width}
+
+    @property
+    def beats(self) -> dict[str, int]:
+        return {"in": self.numbers, "out": self.numbers}
 
 
 class StreamModule(Module):

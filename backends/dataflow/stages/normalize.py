@@ -9,11 +9,11 @@ from ....dialects.integer import InverseRoot, Point
 from ..arithmetic import leading_zeros, product, requantized, saturated, shifted, shifted_by
 from ..rtl import Module, Signal, join
 from ._serial import quotient, square_root
-from ._stream import Banks, Memory, Pipe, Stage, StreamModule
+from ._stream import Banks, Memory, Pipe, StreamModule, Through
 
 
 @dataclass(frozen=True)
-class Normalize(Stage):
+class Normalize(Through):
     """Rows of `size` numbers, normalized; `centred` takes their mean away first (LayerNorm).
 
     The loaded memory holds a weight, and above it a bias where there is one, for every place of a row.
@@ -33,21 +33,13 @@ class Normalize(Stage):
         return InverseRoot(self.given.width + self.centred, self.given.fraction, self.size, self.eps)
 
     @property
-    def inputs(self) -> dict[str, int]:
-        return {"in": self.given.width}
-
-    @property
-    def outputs(self) -> dict[str, int]:
-        return {"out": self.result.width}
+    def numbers(self) -> int:
+        return self.rows * self.size
 
     @property
     def memories(self) -> tuple[Memory, ...]:
         bits = sum(point.width for point in (self.weight, self.bias) if point is not None)
         return (Memory(self.size, bits),) if bits else ()
-
-    @property
-    def beats(self) -> dict[str, int]:
-        return {"in": self.rows * self.size, "out": self.rows * self.size}
 
     @property
     def row_overhead(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ....dialects.integer import Point
 from ..arithmetic import product, requantized
 from ..rtl import Module, Signal, join
-from ._stream import Pipe, Stage
+from ._stream import Pipe, Stage, Through
 
 OPERATIONS = ("add", "sub", "mul")
 
@@ -64,7 +64,7 @@ def _lifted(number: Signal, places: int) -> Signal:
 
 
 @dataclass(frozen=True)
-class Convert(Stage):
+class Convert(Through):
     """`count` numbers times a constant factor x 2^-`factor_fraction`, held between limits, in another format."""
 
     given: Point
@@ -76,16 +76,8 @@ class Convert(Stage):
     lowest: int | None = None
 
     @property
-    def inputs(self) -> dict[str, int]:
-        return {"in": self.given.width}
-
-    @property
-    def outputs(self) -> dict[str, int]:
-        return {"out": self.result.width}
-
-    @property
-    def beats(self) -> dict[str, int]:
-        return {"in": self.count, "out": self.count}
+    def numbers(self) -> int:
+        return self.count
 
     @property
     def cycles(self) -> int:

@@ -8,11 +8,11 @@ from math import ceil
 from ....dialects.integer import Point
 from ..arithmetic import product, requantized
 from ..rtl import Module
-from ._stream import Banks, Memory, Pipe, Stage, banked_cycles
+from ._stream import Banks, Memory, Pipe, Through, banked_cycles
 
 
 @dataclass(frozen=True)
-class Rope(Stage):
+class Rope(Through):
     """Rows of `size` numbers; row r turns by the angles of position r mod `positions`.
 
     The loaded memory holds cos, and sin above it, for every position and place.
@@ -26,20 +26,12 @@ class Rope(Stage):
     positions: int
 
     @property
-    def inputs(self) -> dict[str, int]:
-        return {"in": self.given.width}
-
-    @property
-    def outputs(self) -> dict[str, int]:
-        return {"out": self.result.width}
+    def numbers(self) -> int:
+        return self.rows * self.size
 
     @property
     def memories(self) -> tuple[Memory, ...]:
         return (Memory(self.positions * self.size, 2 * self.table.width),)
-
-    @property
-    def beats(self) -> dict[str, int]:
-        return {"in": self.rows * self.size, "out": self.rows * self.size}
 
     @property
     def cycles(self) -> int:

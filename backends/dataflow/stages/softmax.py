@@ -9,11 +9,11 @@ from ....dialects.integer import Exponential, Point, PowerOfTwo, bits_above
 from ..arithmetic import product, requantized
 from ..rtl import Module, Signal, join
 from ._serial import quotient
-from ._stream import Banks, Pipe, Stage, StreamModule
+from ._stream import Banks, Pipe, StreamModule, Through
 
 
 @dataclass(frozen=True)
-class Softmax(Stage):
+class Softmax(Through):
     """Rows of `size` scores into probabilities.
 
     `causal`: row r of every `positions` rows sees columns up to r; `window` of them at most, where it is given.
@@ -34,16 +34,8 @@ class Softmax(Stage):
         return Exponential(self.given.fraction, self.scale, self.bits)
 
     @property
-    def inputs(self) -> dict[str, int]:
-        return {"in": self.given.width}
-
-    @property
-    def outputs(self) -> dict[str, int]:
-        return {"out": self.result.width}
-
-    @property
-    def beats(self) -> dict[str, int]:
-        return {"in": self.rows * self.size, "out": self.rows * self.size}
+    def numbers(self) -> int:
+        return self.rows * self.size
 
     @property
     def reciprocal_bits(self) -> int:
