@@ -16,7 +16,7 @@ from ._failures import reported
 
 
 class Command(Protocol):
-    """A file of `compiler/commands/`: named as the command, light to import, heavy imports inside `run`.
+    """A file of `compiler/commands/`: named as the command (`_` for its hyphens), heavy imports inside `run`.
 
     Its docstring is the command's help, `summary` the line in the list of commands.
     """
@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def all_commands() -> dict[str, Command]:
-    """Every command by its name, which is its file's name."""
+    """Every command by its name, which is its file's name with hyphens."""
     files = (found.name for found in iter_modules(commands.__path__) if not found.name.startswith("_"))
-    return {file: cast(Command, import_module(f"{commands.__name__}.{file}")) for file in files}
+    return {file.replace("_", "-"): cast(Command, import_module(f"{commands.__name__}.{file}")) for file in files}
 
 
 def _run(given: list[str]) -> int:

@@ -1,0 +1,1 @@
+"""What a design costs, from its numbers alone: area, FPGA resources, memory, energy."""

@@ -1,0 +1,124 @@
+"""From Yosys runs to coefficients: measures designs, fits them, and states the errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .designs import design_of, fit_designs, held_out_designs, quick_designs
+from .features import features_on
+from .fitting import fitted
+from .model import COUNTS, NAND2_UM2, Coefficients, Errors, Fit, coefficients
+from .synthesis import TARGETS, measured, nand_area, verilog, yosys
+
+Measurements = dict[tuple[str, str], dict[str, float]]
+"""Counts by (design, target)."""
+
+
+def read_measurements(file: Path) -> Measurements:
+    """Raw results of Yosys runs, one JSON object a line."""
+    found: Measurements = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found[row.pop("design"), row.pop("target")] = row
+    return found
+
+
+def own_measurements() -> Path:
+    """The results that the coefficients of mxloom come from."""
+    return Path(__file__).with_name("measurements.jsonl")
+
+
+def calibrate(
+    *,
+    quick: bool = False,
+    liberty: Path | None = None,
+    jobs: int = 1,
+    measurements: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Coefficients:
+    """Measure what is not measured yet, and fit.
+
+    `quick` takes two small designs of each kind and tests on none. A `liberty` file's cells replace Yosys's gates; the
+    FPGA fits are then those that exist. `measurements` is a file of raw results that is read, and gets the new ones.
+    """
+    learnt, tested = (quick_designs(), list[str]()) if quick else (fit_designs(), held_out_designs())
+    targets = ("nand2",) if liberty else TARGETS
+    known = read_measurements(measurements) if measurements and measurements.exists() else {}
+    for new in _measure([*learnt, *tested], targets, known, liberty, jobs, tell):
+        known.update(new)
+        if measurements is not None:
+            with measurements.open("a", encoding="utf-8") as file:
+                for (design, target), counts in new.items():
+                    file.write(json.dumps({"design": design, "target": target, **counts}) + "\n")
+    found = fit_all(learnt, tested, known)
+    if liberty is None:
+        return found
+    return Coefficients({**coefficients().fits, **found.fits}, nand_area(liberty), liberty.stem)
+
+
+def _measure(
+    designs: Sequence[str],
+    targets: Sequence[str],
+    known: Measurements,
+    liberty: Path | None,
+    jobs: int,
+    tell: Callable[[str], None],
+) -> Iterable[Measurements]:
+    missing = [
+        [target for target in targets if (design, "xc7_dsp" if target == "xc7" else target) not in known]
+        for design in designs
+    ]
+    work = [(design, wanted) for design, wanted in zip(designs, missing, strict=True) if wanted]
+    if work:
+        yosys()
+
+    def one(task: tuple[str, list[str]]) -> Measurements:
+        design, wanted = task
+        text, found = verilog(design_of(design)), dict[tuple[str, str], dict[str, float]]()
+        for target in wanted:
+            for name, counts in measured(text, target, liberty).items():
+                found[design, name] = counts
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, ((design, _), found) in enumerate(zip(work, pool.map(one, work), strict=True), 1):
+            tell(f"{number}/{len(work)} {design}")
+            yield found
+
+
+def fit_all(learnt: Sequence[str], tested: Sequence[str], known: Measurements) -> Coefficients:
+    """Weights of every kind, count and target from the learnt designs, with the errors on both lists."""
+    fits: dict[str, dict[str, dict[str, Fit]]] = {}
+    for target, counts in COUNTS.items():
+        for count in counts:
+            by_kind = _by_kind(learnt, target, known), _by_kind(tested, target, known)
+            for kind, designs in by_kind[0].items():
+                found = _fit(designs, by_kind[1].get(kind, []), target, count, known)
+                fits.setdefault(target, {}).setdefault(count, {})[kind] = found
+    return Coefficients(fits, NAND2_UM2)
+
+
+def _by_kind(designs: Sequence[str], target: str, known: Measurements) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for design in designs:
+        if (design, target) in known:
+            found.setdefault(design.split()[0], []).append(design)
+    return found
+
+
+def _fit(learnt: Sequence[str], tested: Sequence[str], target: str, count: str, known: Measurements) -> Fit:
+    rows = [features_on(design_of(design), target) for design in learnt]
+    seen = [known[design, target][count] for design in learnt]
+    weights = {name: round(weight, 4) for name, weight in fitted(rows, seen).items()}
+    range = {name: (min(row[name] for row in rows), max(row[name] for row in rows)) for name in weights}
+    bare = Fit(weights, Errors())
+    others = [(features_on(design_of(design), target), known[design, target][count]) for design in tested]
+    return Fit(weights, _errors(bare, zip(rows, seen, strict=True)), _errors(bare, others), range)
+
+
+def _errors(fit: Fit, pairs: Iterable[tuple[dict[str, float], float]]) -> Errors:
+    found = [abs(fit(row) - value) / max(1.0, value) for row, value in pairs]
+    return Errors(len(found), round(sum(found) / len(found), 4), round(max(found), 4)) if found else Errors()
