@@ -12,7 +12,7 @@ import subprocess
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from shutil import which
+from shutil import copyfile, which
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -147,7 +147,9 @@ def _run(text: str, script: str, liberty: Path | None = None) -> tuple[dict[str,
     command = yosys()
     with TemporaryDirectory(prefix="mxloom-") as folder:
         Path(folder, "design.sv").write_text(text)
-        given = {"text": "design.sv", "found": "found.json", "top": TOP, "liberty": str(liberty and liberty.resolve())}
+        given = {"text": "design.sv", "found": "found.json", "top": TOP, "liberty": "cells.lib"}
+        if liberty is not None:
+            copyfile(liberty, Path(folder, "cells.lib"))  # Yosys as WebAssembly sees this folder only
         report = _called([*command, "-q", "-p", _SCRIPTS[script].format(**given)], folder)
         file = Path(folder, "found.json")
         if not file.exists():

@@ -219,12 +219,19 @@ def test_areas_are_close_to_a_fresh_run_of_yosys(line: str) -> None:
 @needs_yosys
 def test_a_liberty_file_gives_the_areas(tmp_path: Path) -> None:
     library = tmp_path / "two.lib"
-    cells = [
-        ("NAND2_X1", 2.0, "!(A*B)"),
-        ("INV_X1", 1.0, "!A"),
+    # ABC takes no library with fewer cells than these.
+    gates = [
+        ("INV_X1", 1.0, "A", "!A"),
+        ("BUF_X1", 1.5, "A", "A"),
+        ("NAND2_X1", 2.0, "AB", "!(A*B)"),
+        ("NOR2_X1", 2.0, "AB", "!(A+B)"),
+        ("XOR2_X1", 5.0, "AB", "(A*!B)+(!A*B)"),
     ]
-    pins = 'pin(A) { direction: input; } pin(B) { direction: input; } pin(Y) { direction: output; function: "%s"; }'
-    text = "".join(f"\ncell({name}) {{ area: {area}; {pins % function} }}" for name, area, function in cells)
+    text = ""
+    for name, area, inputs, function in gates:
+        pins = "".join(f" pin({pin}) {{ direction: input; }}" for pin in inputs)
+        output = f'pin(Y) {{ direction: output; function: "{function}"; }}'
+        text += f"\ncell({name}) {{ area: {area};{pins} {output} }}"
     flop = (
         '\ncell(DFF_X1) { area: 8.0; ff(IQ, IQN) { clocked_on: "C"; next_state: "D"; }'
         " pin(C) { direction: input; clock: true; }"
@@ -232,8 +239,10 @@ def test_a_liberty_file_gives_the_areas(tmp_path: Path) -> None:
     )
     library.write_text(f"library(two) {{{text}{flop}\n}}\n")
     assert synthesis.nand_area(library) == 2.0
-    gates = "module unit(input a, input b, output y); assign y = ~(a & b); endmodule"
-    assert synthesis.measured(gates, "nand2", library)["nand2"]["NAND2"] == pytest.approx(1.0)
+    design = "module unit(input a, input b, output y); assign y = ~(a & b); endmodule"
+    assert synthesis.measured(design, "nand2", library)["nand2"]["NAND2"] == pytest.approx(1.0)
+    register = "module unit(input c, input d, output reg q); always @(posedge c) q <= d; endmodule"
+    assert synthesis.measured(register, "nand2", library)["nand2"]["NAND2"] == pytest.approx(4.0)
 
 
 @needs_yosys
