@@ -120,6 +120,10 @@ def features_on(design: DotProduct | Stage, target: str) -> Features:
     # The parts of a product that is wider than a DSP block come together in adders.
     parts = sum((m.a + m.b) * (_blocks(m, target) - 1) * m.count for m in multipliers(design) if m not in logic)
     found["adder"] = found.get("adder", 0) + sum(m.added for m in logic) + parts
+    if target == "xc7_dsp" and "register" in found:
+        # A DSP48E1 keeps the register behind its product.
+        inside = sum((m.a + m.b) * m.count for m in multipliers(design) if m not in logic)
+        found["register"] = max(0.0, found["register"] - inside)
     return found
 
 

@@ -17,10 +17,8 @@ from ..stages.softmax import Softmax
 LEVELS = ("weights", "rows")
 """What memories hold: numbers that are loaded once, or rows and words that pass."""
 
-_RAMB18 = ((36, 512), (18, 1024), (9, 2048), (4, 4096), (2, 8192), (1, 16384))
-"""(width, depth) of half a block RAM of the 7 series in its simple dual-port shapes (Xilinx UG473)."""
-_DP16KD = ((36, 512), (18, 1024), (9, 2048), (4, 4096), (2, 8192), (1, 16384))
-"""The same of ECP5's DP16KD (Lattice TN02204); 36 bits in its pseudo dual-port mode."""
+_SHAPES = ((36, 512), (18, 1024), (9, 2048), (4, 4096), (2, 8192), (1, 16384))
+"""(width, depth) of half a block RAM of the 7 series (Xilinx UG473) and of ECP5's DP16KD (Lattice TN02204)."""
 _SMALLEST_BLOCK = {"xc7": 2048, "ecp5": 2048}
 """Memories of fewer bits stand in LUTs."""
 _LUT_RAM = {"xc7": (32, 6, 4), "ecp5": (16, 4, 4)}
@@ -73,6 +71,6 @@ def blocks(memory: Memory, family: str) -> tuple[float, int]:
         words, bits, luts = _LUT_RAM[family]
         return 0.0, -(-memory.depth // words) * -(-memory.width // bits) * luts
     best = inf
-    for width, depth in _RAMB18 if family == "xc7" else _DP16KD:
+    for width, depth in _SHAPES:
         best = min(best, -(-memory.width // width) * -(-memory.depth // depth))
     return best / 2 if family == "xc7" else best, 0
