@@ -88,7 +88,7 @@ def stage(line: str) -> Stage:
 )
 def test_operands_of_the_lists_are_those_of_the_formats(text: str, name: str) -> None:
     expected = operand_code(format_of(name, rank=2), 4096)
-    assert replace(operand(text), name=expected.name) == expected
+    assert replace(operand(text), name=expected.name, block_rows=expected.block_rows) == expected
 
 
 def test_lines_that_describe_nothing() -> None:
