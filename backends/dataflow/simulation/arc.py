@@ -10,7 +10,7 @@ import numpy as np
 
 from ....dialects.errors import MxloomError
 from ..circt import ArcModel, arc_model
-from .traffic import NO_STALLS, RESET_CYCLES, TAIL_CYCLES, Phase, Run, Stalls, word_bytes
+from .traffic import NO_STALLS, RESET_CYCLES, TAIL_CYCLES, Phase, Run, Stalls, check_streams, phase_beats, word_bytes
 
 _CYCLE, _RANDOM, _VIOLATIONS, _SURPLUS, _STREAMS = 0, 1, 2, 3, 4
 _POSITION, _HELD, _COUNT, _DATA, _CYCLES, _FIELDS = 0, 1, 2, 3, 4, 5
@@ -31,8 +31,9 @@ class ArcSimulator:
     """
 
     def __init__(self, text: str, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
-        """Raises MxloomError where CIRCT refuses the design."""
+        """Raises MxloomError where CIRCT refuses the design, or where its ports are not those of the streams."""
         self.model = arc_model(text)
+        check_streams({name: width for name, (_, width) in self.model.ports.items()}, inputs, outputs)
         named = [(name, width, False) for name, width in inputs.items()]
         named += [(name, width, True) for name, width in outputs.items()]
         self._streams = [_Stream(*each, index) for index, each in enumerate(named)]
@@ -125,9 +126,9 @@ class ArcSimulator:
         times: dict[str, list[np.ndarray]],
     ) -> list[np.ndarray]:
         """Point the driver at the phase's beats; returns what must stay alive meanwhile."""
-        unknown = {*phase.inputs, *phase.outputs} - {stream.name for stream in self._streams}
-        if unknown:
-            raise MxloomError(f"the design has no stream {', '.join(sorted(unknown))}")
+        inputs = {stream.name: stream.width for stream in self._streams if not stream.output}
+        outputs = {stream.name: stream.width for stream in self._streams if stream.output}
+        given = phase_beats(phase, inputs, outputs)
         keep: list[np.ndarray] = []
         for stream in self._streams:
             size = word_bytes(stream.width)
@@ -135,9 +136,7 @@ class ArcSimulator:
                 data = np.zeros((phase.outputs.get(stream.name, 0), size), np.uint8)
                 buffers[stream.name].append(data)
             else:
-                data = np.ascontiguousarray(phase.inputs.get(stream.name, np.zeros((0, size), np.uint8)))
-                if data.dtype != np.uint8 or data.shape[1:] != (size,):
-                    raise MxloomError(f"beats of {stream.name} are uint8 [count, {size}], got {data.shape}")
+                data = given[stream.name]
             cycles = np.zeros(len(data), np.int64)
             times[stream.name].append(cycles)
             keep += [data, cycles]

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ....dialects.errors import MxloomError
+
 if TYPE_CHECKING:
     from numpy import ndarray
 
@@ -86,3 +88,40 @@ def words_to_numbers(beats: ndarray, *, signed_bits: int | None = None) -> list[
         return found
     half = 1 << (signed_bits - 1)
     return [number - (half << 1) if number >= half else number for number in found]
+
+
+def check_streams(ports: Mapping[str, int], inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
+    """Raises MxloomError unless `ports` (widths in bits) are those of a clock, a reset and these streams."""
+    if both := {*inputs} & {*outputs}:
+        raise MxloomError(f"{', '.join(sorted(both))} cannot be both an input and an output")
+    wanted = {"clk": 1, "rst": 1}
+    for name, width in {**inputs, **outputs}.items():
+        wanted |= {name: width, f"{name}_valid": 1, f"{name}_ready": 1}
+    for port, width in wanted.items():
+        if port not in ports:
+            raise MxloomError(f'the design has no port "{port}"; it has {", ".join(ports)}')
+        if ports[port] != width:
+            raise MxloomError(f'the design\'s port "{port}" has {ports[port]} bits, not {width}')
+
+
+def phase_beats(phase: Phase, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> dict[str, ndarray]:
+    """The beats of every input, uint8 [count, bytes], none where the phase has none.
+
+    Raises MxloomError for a stream that the design has not, and for beats of another form than their stream's.
+    """
+    import numpy as np
+
+    unknown = sorted(({*phase.inputs} - {*inputs}) | ({*phase.outputs} - {*outputs}))
+    if unknown:
+        known = f"inputs are {', '.join(inputs)}, outputs {', '.join(outputs)}"
+        raise MxloomError(f"the design has no stream {', '.join(unknown)} on that side; {known}")
+    found: dict[str, ndarray] = {}
+    for name, width in inputs.items():
+        size = word_bytes(width)
+        beats = np.ascontiguousarray(phase.inputs.get(name, np.zeros((0, size), np.uint8)))
+        if beats.dtype != np.uint8 or beats.shape[1:] != (size,):
+            raise MxloomError(f"beats of {name} are uint8 [count, {size}], got {beats.dtype} {list(beats.shape)}")
+        if width % 8 and (beats[:, -1] >> (width % 8)).any():
+            raise MxloomError(f"beats of {name} have {width} bits; bits above them must be 0")
+        found[name] = beats
+    return found
