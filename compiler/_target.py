@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from ..dialects.errors import UsageError, shortened
 from .artefact_files import is_artefact
 
 
-def check_target(directory: str | Path) -> Path:
-    """The path of a folder that can be made, or of an artefact that can be replaced, there.
+def check_target(
+    directory: str | Path, replaces: Callable[[Path], bool] = is_artefact, what: str = "mxloom artefact"
+) -> Path:
+    """The path of a folder that can be made, or of one that can be replaced (`replaces`, told as `what`), there.
 
     Refused with UsageError: no name, links, files, folders of others, names that the file system does not take, and
     places where nothing can be written, which is found out by making a folder there and removing it at once.
@@ -25,10 +28,8 @@ def check_target(directory: str | Path) -> Path:
         raise UsageError(f"{target}: is a link; name a folder itself")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is there and is no folder; name another place")
-    if not missing and not is_artefact(target) and any(target.iterdir()):
-        raise UsageError(
-            f"{target}: holds files that are no mxloom artefact; nothing was overwritten. Name a new folder"
-        )
+    if not missing and not replaces(target) and any(target.iterdir()):
+        raise UsageError(f"{target}: holds files that are no {what}; nothing was overwritten. Name a new folder")
     try:
         Path(tempfile.mkdtemp(prefix=".mxloom-", dir=parent)).rmdir()
     except OSError as error:

@@ -36,20 +36,30 @@ class Extract(ModulePass):
     part: tuple[str, ...] = ()
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        if not self.part:
-            raise UsageError("extract: name the modules to keep: extract{part=model.layers.0}")
         block = body(op)
         function = block.parent_op()
         assert isinstance(function, FuncOp)
-        operations = [each for each in block.ops if isinstance(each, Operation)]
-        stored = _stored(operations)
-        kept = {each for each in operations if each not in stored and belongs(module_name(each), self.part)}
-        self._check(operations, stored, kept)
+        operations, stored, kept = self._chosen(op)
         inputs, sizes = _from_outside(block, operations, kept, stored)
         outputs = _read_outside(block, kept)
         new = _copied(operations, kept, stored, inputs, sizes, outputs)
         names = [path_of(value) or f"output_{place}" for place, value in enumerate(outputs)]
         _replace_body(function, new, names)
+
+    def inputs(self, op: ModuleOp) -> list[SSAValue]:
+        """The values of a module that become the part's inputs, in order; the module stays as it is."""
+        operations, stored, kept = self._chosen(op)
+        return _from_outside(body(op), operations, kept, stored)[0]
+
+    def _chosen(self, op: ModuleOp) -> tuple[list[Operation], set[Operation], set[Operation]]:
+        """(all operations, those that are stored, those that belong to the part)."""
+        if not self.part:
+            raise UsageError("extract: name the modules to keep: extract{part=model.layers.0}")
+        operations = [each for each in body(op).ops if isinstance(each, Operation)]
+        stored = _stored(operations)
+        kept = {each for each in operations if each not in stored and belongs(module_name(each), self.part)}
+        self._check(operations, stored, kept)
+        return operations, stored, kept
 
     def _check(self, operations: list[Operation], stored: set[Operation], kept: set[Operation]) -> None:
         names = [module_name(each) for each in operations if each not in stored]

