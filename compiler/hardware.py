@@ -24,7 +24,7 @@ from ..dialects.arguments import came, whole_number
 from ..dialects.errors import MxloomError, UsageError, shortened
 from ..dialects.names import identifier
 from ..passes._context import CompileContext
-from ..passes.extract import Extract
+from ..passes.extract import Extract, belongs
 from ._atomic import new_folder
 from ._target import check_target
 from .calibration import calibration_inputs
@@ -67,7 +67,8 @@ class Hardware:
     def vectors(self, count: int, given: Any = None) -> Vectors:
         """Beats of so many inputs that the model itself gives the part, and what the reference makes of them.
 
-        `given` as for calibration: a text, its file, dictionaries of inputs, or None.
+        `given` as for calibration: a text, its file, dictionaries of inputs, or None. Inputs shorter than the design's
+        are repeated; where there are fewer than `count`, they come again, rolled along their last dimension.
         """
         whole_number("vectors", count, 1, 10_000)
         interpreter = Interpreter(self.whole, self.weights)
@@ -78,6 +79,7 @@ class Hardware:
             found.append([seen[value] for value in self.inputs])
         return vectors(self.module, self.weights, self.graph, found)
 
+    @cached_property
     def cost(self) -> dict[str, Any]:
         """What the design costs: see `design_cost`."""
         return design_cost(self.graph)
@@ -96,7 +98,7 @@ class Hardware:
             "positions": self.positions,
             "assumed": self.assumed,
         }
-        written = files(self.graph, self.name, vectors, told) | {COST: dumps(self.cost(), indent=2) + "\n"}
+        written = files(self.graph, self.name, vectors, told) | {COST: dumps(self.cost, indent=2) + "\n"}
         with new_folder(target) as folder:
             for name, text in written.items():
                 path = folder / name
@@ -135,14 +137,14 @@ def hardware(
         inputs = extract.inputs(whole)
         extract.apply(CompileContext(weights=weights), module)
         module.verify()
-        assumed = [each for each in assumed if each.startswith(part)]
+        assumed = [each for each in assumed if belongs(each.partition(":")[0], (part,))]
     try:
         graph = lower(module, weights)
     except MxloomError as error:
         raise MxloomError(f"{error}{_hint(compiled, part)}") from None
-    fold(graph, limits or Limits(), resources)
     graph.add_forks()
     graph.add_queues()
+    fold(graph, limits or Limits(), resources)
     return Hardware(compiled, name, part, positions, module, weights, whole, inputs, graph, assumed)
 
 
@@ -181,7 +183,7 @@ def _samples(compiled: Compiled, arguments: Any, count: int, given: Any) -> list
         for sample in found
     ]
     rolled = samples[:]
-    while len(rolled) < count:  # fewer samples than asked for: the same ones, moved along their last dimension
+    while len(rolled) < count:
         turn = len(rolled) // len(samples)
         rolled += [[tensor.roll(turn, -1) for tensor in sample] for sample in samples]
     return rolled[:count]

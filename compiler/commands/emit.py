@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress().working(f"emitting {args.model}"):
         design = _hardware.built(args)
         folder = design.save(args.out, design.vectors(args.vectors))
-    cost = design.cost()
+    cost = design.cost
     if args.json:
         _json.write({"folder": str(folder), "top": design.name, "assumed": design.assumed, "cost": cost})
         return 0
