@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from xdsl.dialects.builtin import ModuleOp
 
 from ..backends.dataflow.cost.design import design_cost, resources
-from ..backends.dataflow.folding import Limits, fold
+from ..backends.dataflow.folding import Limits
 from ..backends.dataflow.graph import Graph
 from ..backends.dataflow.keywords import RESERVED
 from ..backends.dataflow.lowering import lower
 from ..backends.dataflow.rtl import circuit_text
+from ..backends.dataflow.sizing import fit
+from ..backends.dataflow.timing import Timing
 from ..backends.dataflow.verification import Vectors, vectors
 from ..backends.reference import Interpreter, body
 from ..backends.static import static
@@ -44,8 +46,8 @@ COST, INTERFACE = "cost.json", "interface.json"
 class Hardware:
     """A design made from a model: its stages, and the static module that it must equal.
 
-    `whole` is the static module of the whole model, `inputs` its values that the design takes in, `assumed` what was
-    taken for granted about inputs.
+    `timing` says its cycles before it is made. `whole` is the static module of the whole model, `inputs` its values
+    that the design takes in, `assumed` what was taken for granted about inputs.
     """
 
     compiled: Compiled
@@ -57,6 +59,7 @@ class Hardware:
     whole: ModuleOp
     inputs: list[SSAValue]
     graph: Graph
+    timing: Timing
     assumed: list[str]
 
     @cached_property
@@ -82,7 +85,7 @@ class Hardware:
     @cached_property
     def cost(self) -> dict[str, Any]:
         """What the design costs: see `design_cost`."""
-        return design_cost(self.graph)
+        return design_cost(self.graph, self.timing)
 
     def save(self, directory: str | Path, vectors: Vectors) -> Path:
         """Write the design as one folder, whole or not at all; only an emitted design that is there is replaced."""
@@ -144,8 +147,8 @@ def hardware(
         raise MxloomError(f"{error}{_hint(compiled, part)}") from None
     graph.add_forks()
     graph.add_queues()
-    fold(graph, limits or Limits(), resources)
-    return Hardware(compiled, name, part, positions, module, weights, whole, inputs, graph, assumed)
+    timing = fit(graph, limits or Limits(), resources)
+    return Hardware(compiled, name, part, positions, module, weights, whole, inputs, graph, timing, assumed)
 
 
 def _hint(compiled: Compiled, part: str | None) -> str:

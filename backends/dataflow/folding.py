@@ -43,17 +43,17 @@ def fold(graph: Graph, limits: Limits, resources: Resources | None = None) -> No
                 )
             break
         before, node.stage = node.stage, wider
-        if resources is not None and _exceeds(resources(graph), limits):
+        if resources is not None and exceeds(resources(graph), limits):
             node.stage = before
             if limits.cycles is not None:
                 raise UsageError(
-                    f"an input every {limits.cycles} cycles takes more than {_named(limits)}: "
+                    f"an input every {limits.cycles} cycles takes more than {named(limits)}: "
                     f"within them the nearest is cycles={interval(graph)}"
                 )
             break
-    if spends and resources is not None and _exceeds(resources(graph), limits):
+    if spends and resources is not None and exceeds(resources(graph), limits):
         needed = resources(graph)
-        raise UsageError(f"the narrowest design takes {_named(needed)}, more than {_named(limits)}")
+        raise UsageError(f"the narrowest design takes {named(needed)}, more than {named(limits)}")
 
 
 def interval(graph: Graph) -> int:
@@ -80,12 +80,14 @@ def _wider(node: Node) -> Contraction | None:
     return None
 
 
-def _exceeds(found: Limits, limits: Limits) -> bool:
+def exceeds(found: Limits, limits: Limits) -> bool:
+    """Whether something takes more than it may."""
     pairs = ((found.luts, limits.luts), (found.area_um2, limits.area_um2))
     return any(limit is not None and taken is not None and taken > limit for taken, limit in pairs)
 
 
-def _named(limits: Limits) -> str:
+def named(limits: Limits) -> str:
+    """What a design takes, or may take, in words."""
     parts = []
     if limits.luts is not None:
         parts.append(f"{limits.luts:,.0f} LUTs")

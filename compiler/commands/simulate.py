@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from . import _hardware, _json
 
 if TYPE_CHECKING:
-    from ...backends.dataflow.verification import Outcome
+    from ...backends.dataflow.timing import Timing
+    from ...backends.dataflow.verification import Outcome, Simulator
     from ..hardware import Hardware
 
 summary = "simulate the hardware and compare every beat with the reference"
@@ -33,7 +35,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ...backends.dataflow.folding import interval
     from ...backends.dataflow.simulation.traffic import Stalls
     from ...backends.dataflow.verification import compare
     from ...dialects.errors import UsageError
@@ -49,19 +50,21 @@ def run(args: argparse.Namespace) -> int:
         for name in names:
             report("simulate", name)
             found[name] = compare(_simulator(name, design), design.graph, given, Stalls.random(args.stalls))
-    formula = interval(design.graph)
+    timing = design.timing
+    formula = design.graph.nodes[timing.slowest].stage.cycles
     if args.json:
         outcomes = {name: asdict(outcome) | {"is_equal": outcome.is_equal} for name, outcome in found.items()}
-        _json.write({"top": design.name, "formula_interval": formula, "assumed": design.assumed, **outcomes})
+        predicted = {"formula_interval": formula, "interval": timing.interval, "latency": timing.latency}
+        _json.write({"top": design.name, "predicted": predicted, "assumed": design.assumed, **outcomes})
     else:
         for name, outcome in found.items():
-            print(f"{name}: {_told(outcome, formula)}")
+            print(f"{name}: {_told(outcome, timing, formula)}")
         for each in design.assumed:
             print(f"note: {each}")
     return int(not all(outcome.is_equal for outcome in found.values()))
 
 
-def _simulator(name: str, design: Hardware):
+def _simulator(name: str, design: Hardware) -> Simulator:
     graph = design.graph
     if name == "arc":
         from ...backends.dataflow.simulation.arc import ArcSimulator
@@ -72,17 +75,17 @@ def _simulator(name: str, design: Hardware):
     return VerilatorSimulator(design.text, graph.input_streams, graph.output_streams)
 
 
-def _told(outcome: Outcome, formula: int) -> str:
+def _told(outcome: Outcome, timing: Timing, formula: int) -> str:
     """One paragraph on a comparison."""
     lines = [
         f"{outcome.mismatches + outcome.missing} mismatches in {outcome.beats:,} beats, "
         f"{outcome.violations} violations of the protocol, {outcome.surplus} beats too many",
-        f"{outcome.cycles:,} cycles; the first beat out after {outcome.latency:,}",
+        f"{outcome.cycles:,} cycles; the first beat out after {outcome.latency:,}, predicted {timing.latency:,}",
     ]
-    if outcome.interval == outcome.interval:
-        share = outcome.interval / formula
+    if isfinite(outcome.interval):
         lines.append(
-            f"an input every {outcome.interval:,.0f} cycles; the slowest stage takes {formula:,} ({share:.3f})"
+            f"an input every {outcome.interval:,.0f} cycles, predicted {timing.interval:,.0f}; "
+            f"the slowest stage, {timing.slowest}, takes {formula:,}"
         )
     if outcome.first_difference:
         lines.append(outcome.first_difference)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..folding import Limits, interval
+from ..folding import Limits
 from ..graph import Graph
+from ..timing import Timing
 from .model import Coefficients, coefficients
 from .stages import StageCost, stage_cost, total
 
 
-def design_cost(graph: Graph, coefficients_: Coefficients | None = None) -> dict[str, Any]:
+def design_cost(graph: Graph, timing: Timing, coefficients_: Coefficients | None = None) -> dict[str, Any]:
     """Area, resources, memory, energy of one input and cycles, for each stage and in total, for JSON.
 
-    `interval_cycles` are those from one input to the next: the slowest stage's. `outside` says where areas are
+    `interval_cycles` are those from one input to the next, `latency_cycles` those to the first beat out, both without
+    stalls; no design with these foldings can be faster than its `slowest` stage. `outside` says where areas are
     extrapolated beyond what was fitted.
     """
     model = coefficients_ or coefficients()
@@ -24,7 +26,14 @@ def design_cost(graph: Graph, coefficients_: Coefficients | None = None) -> dict
         | _told(cost)
         for name, cost in costs.items()
     ]
-    return {"library": model.library, "interval_cycles": interval(graph), "total": _told(whole), "stages": stages}
+    return {
+        "library": model.library,
+        "interval_cycles": timing.interval,
+        "latency_cycles": timing.latency,
+        "slowest": {"name": timing.slowest, "cycles": graph.nodes[timing.slowest].stage.cycles},
+        "total": _told(whole),
+        "stages": stages,
+    }
 
 
 def resources(graph: Graph) -> Limits:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ....dialects.integer import Point
 from ..rtl import Module, Port, Signal, address_bits, all_of, any_of
+from ._schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Stage(ABC):
     @abstractmethod
     def cycles(self) -> int:
         """Cycles between two runs of one input each, when nothing else holds it up."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """When it takes and gives its beats."""
+        raise NotImplementedError(f"{type(self).__name__} has no schedule")
 
     @abstractmethod
     def module(self, name: str) -> Module:

@@ -11,6 +11,7 @@ from ....dialects.integer import Point
 from ..arithmetic import requantized
 from ..dot_product import DotProduct
 from ..rtl import Module, Signal, Wire, address_bits, join
+from ._schedule import Schedule, Turn, bank
 from ._stream import Banks, Memory, Pipe, Stage, StreamModule, banked_cycles
 
 
@@ -70,6 +71,20 @@ class Contraction(Stage):
             return ceil(self.rows * self.runs * banked_cycles([(self.steps, row)]))
         matrix = (self.columns * self.steps, ceil(self.rows * banked_cycles([(self.steps, row)])))
         return ceil(self.runs * banked_cycles([matrix]))
+
+    @property
+    def schedule(self) -> Schedule:
+        steps, read = self.steps, self.groups * self.steps
+        shared = None if self.copies == 1 else (self.copies, self.columns)
+        delay = 2 + self.unit.latency - (self.copies > 1)
+        if not self.dynamic:
+            return Schedule(delay, (bank("a", steps, read, every=steps),), shared=shared)
+        both = {"a": steps, "b": self.columns * steps}
+        if self.rows == 1:
+            return Schedule(delay, (Turn(both, ("a", "b"), read, steps),), shared=shared)
+        first, last = Turn(both, ("a",), read, steps), Turn({"a": steps}, ("a", "b"), read, steps)
+        between = bank("a", steps, read, every=steps, repeat=self.rows - 2)
+        return Schedule(delay, (first, between, last) if between.repeat else (first, last), shared=shared)
 
     @property
     def memories(self) -> tuple[Memory, ...]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from ....dialects.integer import InverseRoot, Point
 from ..arithmetic import leading_zeros, product, requantized, saturated, shifted, shifted_by
 from ..rtl import Module, Signal, join
+from ._schedule import Schedule, bank, in_turns
 from ._serial import quotient, square_root
 from ._stream import Banks, Memory, Pipe, StreamModule, Through
 
@@ -50,6 +51,11 @@ class Normalize(Through):
     @property
     def cycles(self) -> int:
         return self.rows * (self.size + self.row_overhead)
+
+    @property
+    def schedule(self) -> Schedule:
+        delay = 4 + (self.weight is not None)
+        return in_turns(delay, bank("in", self.size, self.size), lead=self.row_overhead - 1, rests=True)
 
     @property
     def sum_bits(self) -> int:

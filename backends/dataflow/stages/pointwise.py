@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ....dialects.integer import Point
 from ..arithmetic import product, requantized
 from ..rtl import Module, Signal, join
+from ._schedule import Schedule
 from ._stream import Pipe, Stage, Through
 
 OPERATIONS = ("add", "sub", "mul")
@@ -37,6 +38,10 @@ class Binary(Stage):
     @property
     def cycles(self) -> int:
         return self.count
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(2)
 
     def module(self, name: str) -> Module:
         module = self.start(name)
@@ -82,6 +87,10 @@ class Convert(Through):
     @property
     def cycles(self) -> int:
         return self.count
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(1 + (self.factor != 1))
 
     def module(self, name: str) -> Module:
         module = self.start(name)

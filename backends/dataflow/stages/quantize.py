@@ -9,6 +9,7 @@ from ....dialects.integer import Point
 from ..arithmetic import leading_zeros, requantized, saturated, shifted_by
 from ..codes import E8M0, ElementCode, OperandCode
 from ..rtl import Module, Signal, address_bits, join
+from ._schedule import Schedule, bank, in_turns
 from ._stream import Banks, Pipe, Stage, StreamModule, banked_cycles
 
 SCALE_RULES = ("floor", "even", "ceil", "rceil")
@@ -64,6 +65,15 @@ class Quantize(Stage):
         written = self.size - (self.blocks - 1) * self.block
         row = [(self.block, self.block)] * (self.blocks - 1) + [(written, self.last_block)]
         return ceil(self.rows * banked_cycles(row))
+
+    @property
+    def schedule(self) -> Schedule:
+        lanes, last = (
+            self.lanes,
+            bank("in", self.size - (self.blocks - 1) * self.block, self.last_block, every=self.lanes),
+        )
+        whole = bank("in", self.block, self.block, every=lanes, repeat=self.blocks - 1)
+        return in_turns(3, *((whole, last) if self.blocks > 1 else (last,)))
 
     def module(self, name: str) -> Module:
         return _Builder(self, self.start(name)).build()

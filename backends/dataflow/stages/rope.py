@@ -8,6 +8,7 @@ from math import ceil
 from ....dialects.integer import Point
 from ..arithmetic import product, requantized
 from ..rtl import Module
+from ._schedule import Schedule, bank, in_turns
 from ._stream import Banks, Memory, Pipe, Through, banked_cycles
 
 
@@ -36,6 +37,10 @@ class Rope(Through):
     @property
     def cycles(self) -> int:
         return ceil(self.rows * banked_cycles([(self.size, self.size)]))
+
+    @property
+    def schedule(self) -> Schedule:
+        return in_turns(3, bank("in", self.size, self.size))
 
     def module(self, name: str) -> Module:
         module = self.start(name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from ..rtl import Module, Signal, address_bits, all_of, any_of
+from ._schedule import Schedule, bank, in_turns
 from ._stream import Banks, Pipe, Stage, banked_cycles
 
 
@@ -132,6 +133,10 @@ class Reorder(Stage):
     @property
     def cycles(self) -> int:
         return ceil(self.runs * banked_cycles([(self.count, self.read_words)]))
+
+    @property
+    def schedule(self) -> Schedule:
+        return in_turns(2, bank("in", self.count, self.read_words))
 
     def module(self, name: str) -> Module:
         module = self.start(name)

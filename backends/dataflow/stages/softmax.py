@@ -8,6 +8,7 @@ from functools import cached_property
 from ....dialects.integer import Exponential, Point, PowerOfTwo, bits_above
 from ..arithmetic import product, requantized
 from ..rtl import Module, Signal, join
+from ._schedule import Schedule, bank, in_turns
 from ._serial import quotient
 from ._stream import Banks, Pipe, StreamModule, Through
 
@@ -50,6 +51,11 @@ class Softmax(Through):
     @property
     def cycles(self) -> int:
         return self.rows * (2 * self.size + self.row_overhead)
+
+    @property
+    def schedule(self) -> Schedule:
+        lead = self.size + self.row_overhead - 1
+        return in_turns(3, bank("in", self.size, self.size), lead=lead, rests=True)
 
     def module(self, name: str) -> Module:
         return _Builder(self, self.start(name)).build()

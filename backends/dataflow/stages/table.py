@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ....dialects.integer import CURVES, Point, Table
 from ..arithmetic import product, requantized
 from ..rtl import Module, Signal, join
+from ._schedule import Schedule
 from ._stream import Pipe, Stage
 
 
@@ -32,6 +33,10 @@ class Activation(Stage):
     @property
     def cycles(self) -> int:
         return self.count
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(2)
 
     def module(self, name: str) -> Module:
         table, module = self.table, self.start(name)
