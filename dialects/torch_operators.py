@@ -28,7 +28,7 @@ _SCHEMAS = {
     "rope": "(Tensor input, Tensor cos, Tensor sin, bool halves) -> Tensor",
     "expert_linear": "(Tensor input, Tensor weight, Tensor index, Tensor? bias, bool transposed) -> Tensor",
     "quantize": '(Tensor input, str format, str? scale_rule=None, str rounding="rne", float? clip=None, int seed=0, '
-    "float? threshold=None) -> Tensor",
+    "float? threshold=None, bool exact=False) -> Tensor",
     "convert": "(Tensor input, ScalarType dtype, str rounding, int seed=0) -> Tensor",
 }
 
@@ -183,12 +183,13 @@ def quantize(
     clip: float | None = None,
     seed: int = 0,
     threshold: float | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """The input rounded into a format given by its text."""
     from . import formats
     from .mx import parse_type
 
-    how = formats.Rounding(scale_rule, rounding, clip, seed, threshold)
+    how = formats.Rounding(scale_rule, rounding, clip, seed, threshold, exact)
     return formats.quantize(input, parse_type(format), how).contiguous()
 
 
@@ -220,7 +221,7 @@ def quantize_call(value: Any, element: Attribute, how: Rounding) -> tuple[Callab
             return operator("aten._to_copy.default"), (value,), {"dtype": torch_dtype(element)}
         return operator("mxloom.convert.default"), (value, torch_dtype(element), how.rounding, how.seed), {}
     arguments = (value, str(element), how.scale_rule, how.rounding, how.clip, how.seed, how.threshold)
-    return operator("mxloom.quantize.default"), arguments, {}
+    return operator("mxloom.quantize.default"), (*arguments, True) if how.exact else arguments, {}
 
 
 @cache
@@ -365,4 +366,4 @@ def _converted_back(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    return gradient, None, None, None, None, None, None
+    return gradient, None, None, None, None, None, None, None

@@ -25,7 +25,8 @@ class PreparedMixed:
         """`x` rounded, into `out` where it is given; `out` may be `x`."""
         assert self.how.threshold is not None
         if x.is_contiguous():
-            rounded = self.mixed.chosen(self.low(x, None), self.high(x, None), self.how.threshold)
+            low, high = self.low(x, None), self.high(x, None)
+            rounded = self.mixed.chosen(low, high, self.how.threshold, exact=self.how.exact)
         else:  # torch adds a block's impact in the order of memory, which the definition takes from `x`
             rounded = self.mixed.quantize(x, self.how)
         return rounded if out is None else out.copy_(rounded)

@@ -111,11 +111,12 @@ def _prepare_text(
     clip: float | None,
     seed: int,
     threshold: float | None,
+    exact: bool,
     shape: Any,
     dtype: Any,
     device: str,
 ) -> Kernel | str:
-    how = Rounding(scale_rule, rounding, clip, seed, threshold)
+    how = Rounding(scale_rule, rounding, clip, seed, threshold, exact)
     return prepare(parse_type(fmt), how, tuple(shape), dtype, device)
 
 
@@ -147,14 +148,15 @@ def quantize(
     clip: float | None = None,
     seed: int = 0,
     threshold: float | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """What `mxloom::quantize` does on CPUs and CUDA devices: the bits of `dialects.formats.quantize`, contiguous."""
     if switched_off() is None:
         kind = (input.shape, input.dtype, input.device.type)
-        prepared = _prepare_text(format, scale_rule, rounding, clip, seed, threshold, *kind)
+        prepared = _prepare_text(format, scale_rule, rounding, clip, seed, threshold, exact, *kind)
         if isinstance(prepared, Kernel):
             return prepared(input, None)
-    return torch_operators.quantize(input, format, scale_rule, rounding, clip, seed, threshold)
+    return torch_operators.quantize(input, format, scale_rule, rounding, clip, seed, threshold, exact)
 
 
 def fake_quantize(

@@ -30,7 +30,8 @@ class Rounding:
     nearest with ties to even, nearest with ties away from zero, towards zero, or stochastic from `seed`;
     clip: the scale is made for `clip` times the largest magnitude (0 < clip <= 1), values above saturate; seed: a whole
     number of 64 bits;
-    threshold: for mixed formats, the block impact above which a block is kept in the high format.
+    threshold: for mixed formats, the block impact above which a block is kept in the high format;
+    exact: for mixed formats, sum a block's impact in f64, which holds it where hardware decides, instead of f32.
     """
 
     scale_rule: str | None = None
@@ -38,6 +39,7 @@ class Rounding:
     clip: float | None = None
     seed: int = 0
     threshold: float | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         one_of("rounding", self.rounding, ROUNDINGS)

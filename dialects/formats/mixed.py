@@ -71,14 +71,19 @@ class MixedType(ParametrizedAttribute, Format):
             raise UsageError(
                 f"{self} chooses a format block by block: a cast into it needs a threshold of block impact"
             )
-        return self.chosen(*self.candidates(x, how), how.threshold, sensitivity)
+        return self.chosen(*self.candidates(x, how), how.threshold, sensitivity, exact=how.exact)
 
-    def chosen(self, low: Tensor, high: Tensor, threshold: float, sensitivity: Tensor | None = None) -> Tensor:
-        """Of a tensor in both formats the blocks of `high` whose impact exceeds `threshold`, all others of `low`."""
+    def chosen(
+        self, low: Tensor, high: Tensor, threshold: float, sensitivity: Tensor | None = None, *, exact: bool = False
+    ) -> Tensor:
+        """Of a tensor in both formats the blocks of `high` whose impact exceeds `threshold`, all others of `low`.
+
+        `exact`: the impact is summed in f64.
+        """
         import torch
 
         tiling = self.low_block.tiling(low.shape)
-        keep = tiling.spread(_impact(low, high, sensitivity, tiling) > threshold)
+        keep = tiling.spread(_impact(low, high, sensitivity, tiling, exact) > threshold)
         return tiling.merge(torch.where(keep, tiling.split(high), tiling.split(low)))
 
     def candidates(self, x: Tensor, how: Rounding) -> tuple[Tensor, Tensor]:
@@ -147,10 +152,11 @@ def block_impact(x: Tensor, mixed: MixedType, sensitivity: Tensor | None = None,
     """The cost of keeping each block in the low format: sum over the block of g^2 (Q_low - Q_high)^2.
 
     FGMP (arXiv 2504.14152), section 3.1. x [...], sensitivity (g^2, the squared gradient) broadcasts to x, None for 1;
-    returns f32 or f64, one number per block in the shape of the grid of blocks.
+    returns f32 or f64 (as `how.exact` says), one number per block in the shape of the grid of blocks.
     """
-    low, high = mixed.candidates(x, how or Rounding())
-    return _impact(low, high, sensitivity, mixed.low_block.tiling(x.shape))
+    how = how or Rounding()
+    low, high = mixed.candidates(x, how)
+    return _impact(low, high, sensitivity, mixed.low_block.tiling(x.shape), how.exact)
 
 
 def _bits_per_tensor(part: TypeAttribute) -> int:
@@ -162,10 +168,10 @@ def _bits_per_tensor(part: TypeAttribute) -> int:
     return 0 if part.tensor_scale == NoneAttr() else 32
 
 
-def _impact(low: Tensor, high: Tensor, sensitivity: Tensor | None, tiling: Tiling) -> Tensor:
+def _impact(low: Tensor, high: Tensor, sensitivity: Tensor | None, tiling: Tiling, exact: bool) -> Tensor:
     import torch
 
-    wide = torch.float64 if low.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if exact or low.dtype == torch.float64 else torch.float32
     excess = (low.to(wide) - high.to(wide)).square()
     if sensitivity is not None:
         excess = excess * sensitivity.to(wide)

@@ -18,7 +18,8 @@ class CastOp(Operation):
     """Round a tensor into the format of the result; the only operation that only rounds.
 
     `clip` is the part of each block's largest magnitude that its scale is made for, `seed` starts stochastic rounding,
-    `threshold` decides for each block of a mixed format.
+    `threshold` decides for each block of a mixed format. Fixed-point numbers decide as hardware does: the impact of a
+    block is summed exactly.
     """
 
     name = "mx.cast"
@@ -42,6 +43,8 @@ class CastOp(Operation):
             clip=self.clip.value.data if self.clip else None,
             seed=self.seed.value.data if self.seed else 0,
             threshold=self.threshold.value.data if self.threshold else None,
+            exact=isinstance(element_of(self.input), formats.FixedType)
+            and isinstance(element_of(self.result), formats.MixedType),
         )
 
     def result_shape(self) -> Shape:
