@@ -190,16 +190,17 @@ class _Network:
 
     def run(self) -> None:
         """Let every process go on until all have ended."""
-        waiting: dict[int, str] = {}
+        running = len(self.awake)
         while self.awake:
             process = self.awake.popleft()
             times = next(process, None)
-            waiting.pop(id(process), None)
-            if times is not None:
+            if times is None:
+                running -= 1
+            else:
                 times.waiting.append(process)
-                waiting[id(process)] = times.name
-        if waiting:
-            raise MxloomError(f"the design comes to a stop: {', '.join(sorted(set(waiting.values())))} wait for good")
+        if running:
+            stopped = [link.given.name for link in self.links.values() if link.given.waiting or link.taken.waiting]
+            raise MxloomError(f"the design comes to a stop: {', '.join(sorted(stopped))} wait for good")
 
     def queued(self) -> dict[str, int]:
         return {name: queue.most() for name, queue in self.fifos.items()}
