@@ -30,7 +30,7 @@ def impact_by_hand(x: torch.Tensor, block: int) -> list[Fraction]:
     type = mixed(block)
     low, high = (quantize(x, part).reshape(-1, block).tolist() for part in (type.low, type.high))
     return [
-        sum((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(*rows, strict=True))
+        sum(((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(*rows, strict=True)), Fraction())
         for rows in zip(low, high, strict=True)
     ]
 
