@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from xdsl.dialects.builtin import NoneAttr
 
-from .formats import BlockType, Encoded, Rounding
+from .formats import BlockType, Encoded, MixedType, Rounding
 from .formats._builtin import numbers_of
 from .formats._element import Element, Fixed, Minifloat
 from .formats._format import Given, Parts
@@ -120,6 +120,8 @@ def _swapped(part: Tensor | None) -> Tensor | None:
 
 def transposed_format(fmt: Attribute) -> Attribute:
     """The format of a transposed tensor: blocks lie along the other of the last two dimensions."""
+    if isinstance(fmt, MixedType):
+        return MixedType(*(transposed_format(part) for part in (fmt.low, fmt.high)))  # pyright: ignore[reportArgumentType]
     if not isinstance(fmt, BlockType):
         return fmt
     dims = (1, *fmt.dims) if len(fmt.dims) == 1 else fmt.dims

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from .codes import OperandCode
 
 if TYPE_CHECKING:
     from numpy import ndarray
+    from torch import Tensor
 
     from ...dialects.formats import Encoded
 
@@ -40,6 +41,32 @@ def rows_of(encoded: Encoded, code: OperandCode, padded: int) -> Rows:
     length = padded if code.block is None else code.block
     missing = -(-padded // length) - scales.shape[1]
     return Rows(codes, np.pad(scales, ((0, 0), (0, missing))))
+
+
+@dataclass(frozen=True, eq=False)
+class MixedBlocks:
+    """A matrix encoded in both kinds of a mixed format; `is_low` [grid of blocks] says which kind each block has."""
+
+    low: Encoded
+    high: Encoded
+    is_low: Tensor
+
+
+def rows_of_kinds(mixed: MixedBlocks, code: OperandCode, padded: int) -> Rows:
+    """The rows of a matrix [rows, size] of two kinds of blocks, each block in its kind, which stands on its scale."""
+    low, high = (
+        rows_of(encoded, replace(code, elements=(element,)), padded)
+        for encoded, element in zip((mixed.low, mixed.high), code.elements, strict=True)
+    )
+    rows, blocks = low.sides.shape
+    height = rows if code.block_rows is None else code.block_rows
+    given = mixed.is_low.numpy()[np.arange(rows) // height]
+    kinds = np.pad(given, ((0, 0), (0, blocks - given.shape[1])), constant_values=True)
+    length = padded if code.block is None else code.block
+    spread = kinds.repeat(length, axis=1)[:, :padded]
+    assert code.scale is not None
+    sides = np.where(kinds, low.sides, high.sides) | (kinds.astype(np.int64) << code.scale.bits)
+    return Rows(np.where(spread, low.codes, high.codes), sides)
 
 
 def packed(numbers: ndarray, width: int) -> ndarray:

@@ -114,7 +114,7 @@ def multiplied(a: OperandCode, b: OperandCode, x: Decoded, y: Decoded) -> Signal
     bits = [code.largest.bit_length() + 1 for code in (a, b)]
     as_integers = x.integer is not None or y.integer is not None or max(bits) <= FIXED_BITS
     if as_integers:
-        return product(x.as_integer(bits[0]), y.as_integer(bits[1])).resized(width)
+        return product(_as_integer(x, a, bits[0]), _as_integer(y, b, bits[1])).resized(width)
     assert x.significand is not None and y.significand is not None and x.sign is not None and y.sign is not None
     assert x.shift is not None and y.shift is not None
     # Aligned fields may reach below the units of the operands' codes: what lies below is zero and is dropped.
@@ -129,7 +129,13 @@ def multiplied(a: OperandCode, b: OperandCode, x: Decoded, y: Decoded) -> Signal
     return (x.sign ^ y.sign).then(-magnitude, magnitude)
 
 
+def _as_integer(number: Decoded, code: OperandCode, width: int) -> Signal:
+    """A number in multiples of its operand's unit; aligned fields may reach below it, where all is zero."""
+    below = code.unit - number.unit
+    return number.as_integer(width + below).bits(below, width)
+
+
 def _selected(trit: Signal, other: Decoded, code: OperandCode, width: int) -> Signal:
     """A number times -1, 0 or 1: no multiplier."""
-    number = other.as_integer(code.largest.bit_length() + 1).signed(width)
+    number = _as_integer(other, code, code.largest.bit_length() + 1).signed(width)
     return trit.bit(0).repeated(width) & trit.sign.then(-number, number)

@@ -10,7 +10,7 @@ from xdsl.ir import Attribute, SSAValue
 
 from ....dialects.contractions import transposed_format
 from ....dialects.errors import MxloomError
-from ....dialects.formats import MixedType, Rounding, encode_tensor, is_wide
+from ....dialects.formats import Encoded, MixedType, Rounding, block_impact, encode_tensor, is_wide
 from ....dialects.operations._operation import Operation
 from ....dialects.operations._shapes import element_of, shape_of
 from ....dialects.operations.cast import CastOp
@@ -19,10 +19,11 @@ from ..codes import OperandCode, operand_code
 from ..dot_product import DotProduct
 from ..flow import Flow, in_order
 from ..graph import Fill, Place
-from ..images import packed, rows_of
+from ..images import MixedBlocks, packed, rows_of, rows_of_kinds
 from ..lowering import Design, lowers, point_of, refusal, site_of
 from ..stages.contraction import Contraction
 from ..stages.quantize import Quantize
+from ..stages.quantize_mixed import QuantizeMixed
 from ..window import Window
 from .rows import fixed_codes
 
@@ -140,25 +141,28 @@ def quantized(
     """A quantizer behind a flow."""
     if how.clip is not None or how.rounding == "stochastic":
         raise refusal(op, "clipped and stochastic rounding of computed values have no hardware")
-    if code.is_mixed:
-        raise refusal(op, f"a computed value in {code.name}: blocks of two kinds have no quantizer yet")
     if code.block_rows != 1:
         raise refusal(op, f"a computed value in {code.name}: its blocks take several rows, a quantizer sees one")
     if code.scale is not None and code.scale.mantissa_bits:
         raise refusal(op, f"a computed value in {code.name}: scales that are floats are chosen by no hardware")
     own = site or design_site(flow, op)
-    stage = Quantize(
-        flow.point,
-        code,
-        lanes,
-        prod(flow.shape[:-1]),
-        flow.shape[-1],
-        how.scale_rule or ("floor" if code.elements[0].is_fixed else "even"),
-        how.rounding,
-    )
+    stage = _quantizer(op, flow, code, lanes, how)
     node = design.graph.add("quantize", stage, own)
     design.graph.connect(in_order(design.graph, flow, f"{own}_operand"), Place(node.name, "in"))
     return Place(node.name, "out")
+
+
+def _quantizer(op: Operation, flow: Flow, code: OperandCode, lanes: int, how: Rounding) -> Quantize | QuantizeMixed:
+    rows, size = prod(flow.shape[:-1]), flow.shape[-1]
+    if not code.is_mixed:
+        rule = how.scale_rule or ("floor" if code.elements[0].is_fixed else "even")
+        return Quantize(flow.point, code, lanes, rows, size, rule, how.rounding)
+    if how.threshold is None:
+        raise refusal(op, f"a computed value in {code.name}: no cast says above which threshold its blocks are high")
+    try:
+        return QuantizeMixed(flow.point, code, lanes, rows, size, how.threshold, how.rounding)
+    except MxloomError as error:
+        raise refusal(op, f"a computed value in {code.name}: {error}") from None
 
 
 def design_site(flow: Flow, op: Operation) -> str:
@@ -166,7 +170,9 @@ def design_site(flow: Flow, op: Operation) -> str:
     return flow.place.node or f"{flow.place.stream}_{site_of(op)}"
 
 
-def encoded_weight(design: Design, op: Operation, value: SSAValue, type: Attribute, *, transposed: bool) -> Any:
+def encoded_weight(
+    design: Design, op: Operation, value: SSAValue, type: Attribute, *, transposed: bool
+) -> Encoded | MixedBlocks:
     """A weight as codes and scales, rows along the sum."""
     owner = value.owner
     if isinstance(owner, CastOp) and isinstance(owner.input.owner, ParameterOp):
@@ -180,11 +186,21 @@ def encoded_weight(design: Design, op: Operation, value: SSAValue, type: Attribu
     else:
         raise refusal(op, f"the weight {value.name_hint} is no parameter in a format")
     assert wide is not None
-    if isinstance(type, MixedType):
-        raise refusal(op, f"the weight {value.name_hint} is {type}: it has no stored form yet")
     _check_finite(op, value, wide)
+    if isinstance(type, MixedType):
+        return _mixed_weight(wide, element_of(value), type, how, transposed)
     wide = wide.transpose(-1, -2).contiguous() if transposed else wide
     return encode_tensor(wide.float(), type, how)  # pyright: ignore[reportArgumentType]
+
+
+def _mixed_weight(wide: Tensor, stated: Attribute, type: MixedType, how: Rounding, transposed: bool) -> MixedBlocks:
+    """A weight in both kinds. The kind is decided in the layout that is `stated`, as the reference does."""
+    assert isinstance(stated, MixedType) and how.threshold is not None
+    is_low = block_impact(wide, stated, how=how) <= how.threshold
+    if transposed:
+        wide, is_low = wide.transpose(-1, -2).contiguous(), is_low.transpose(-1, -2)
+    low, high = (encode_tensor(wide.float(), part, each) for part, each in type.roundings(how))
+    return MixedBlocks(low, high, is_low)
 
 
 def _check_finite(op: Operation, value: SSAValue, tensor: Tensor) -> None:
@@ -197,7 +213,9 @@ def _weights(design: Design, op: Any, stage: Contraction, type: Attribute) -> Fi
     """What makes the words of a contraction's memories: those of each copy in turn."""
     lanes, code, bias = stage.unit.lanes, stage.unit.b, stage.unit.bias
     encoded = encoded_weight(design, op, op.weight, type, transposed=op.transposed is not None)
-    rows = rows_of(encoded, code, stage.steps * lanes)
+    padded = stage.steps * lanes
+    mixed = isinstance(encoded, MixedBlocks)
+    rows = rows_of_kinds(encoded, code, padded) if mixed else rows_of(encoded, code, padded)
     biases = None if bias is None else fixed_codes(design, op, op.bias) & ((1 << bias.width) - 1)
 
     def fill(folded: Contraction) -> list[np.ndarray]:
