@@ -97,6 +97,8 @@ class Rule(_Strict):
     cache: Format | None = Field(None, description="format in which keys and values are cached")
     scale_rule: ScaleRule | None = Field(None, description="how block scales are chosen; the recipe's if left out")
     rounding: RoundingMode | None = Field(None, description="how elements are rounded; the recipe's if left out")
+    weight_threshold: float | None = Field(None, description="impact above which a block of a mixed weight is high")
+    activation_threshold: float | None = Field(None, description="the same for mixed activations")
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:

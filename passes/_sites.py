@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from xdsl.dialects.builtin import (
@@ -145,7 +145,7 @@ class Site:
         if reason := self.rounded():
             raise UsageError(f"{self.name} {reason}")
         type, how = self.layout(format), how or Rounding()
-        how = Rounding(how.scale_rule or default_scale_rule(type), how.rounding, how.clip, how.seed)
+        how = replace(how, scale_rule=how.scale_rule or default_scale_rule(type))
         if self.is_probabilities:
             set_probabilities(cast(AttentionOp, self.operation), type, how)
             return
@@ -218,6 +218,8 @@ def rounding_properties(how: Rounding) -> dict[str, Attribute]:
         properties["scale_rule"] = StringAttr(how.scale_rule)
     if how.clip is not None:
         properties["clip"] = FloatAttr(how.clip, 64)
+    if how.threshold is not None:
+        properties["threshold"] = FloatAttr(how.threshold, 64)
     if how.seed or how.rounding == "stochastic":
         properties["seed"] = IntegerAttr(how.seed, 64)
     return properties

@@ -17,7 +17,7 @@ from xdsl.utils.exceptions import VerifyException
 
 from ..backends.reference import body
 from ..dialects.errors import MxloomError, UsageError
-from ..dialects.formats import FixedType, Rounding, default_scale_rule, is_wide
+from ..dialects.formats import FixedType, MixedType, Rounding, default_scale_rule, is_wide
 from ..dialects.instances import format_of, name_of
 from ..dialects.integer_attribute import FEWEST, MOST, IntegerMeaningAttr
 from ..dialects.operations._operation import Operation
@@ -371,8 +371,8 @@ def _taken_input(op: LinearOp) -> bool:
 
 
 def _is_taken(fmt: Attribute) -> bool:
-    """Whether attention in integers takes operands of a format."""
-    return why_no_window_operand(fmt) is None and not scale_digits(fmt)
+    """Whether attention in integers takes operands of a format; of mixed ones nothing says above which threshold."""
+    return why_no_window_operand(fmt) is None and not scale_digits(fmt) and not isinstance(fmt, MixedType)
 
 
 def _is_wide_float(value: SSAValue) -> bool:

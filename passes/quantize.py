@@ -13,7 +13,7 @@ from xdsl.passes import ModulePass
 from xdsl.utils.exceptions import VerifyException
 
 from ..dialects.errors import UsageError, did_you_mean
-from ..dialects.formats import Rounding, takes_scale_rule, verify_tensor
+from ..dialects.formats import MixedType, Rounding, takes_scale_rule, verify_tensor
 from ..dialects.formats._format import POWER_OF_TWO_RULES
 from ..dialects.instances import format_of
 from ._absent import absent, opaque, without_sites
@@ -27,6 +27,9 @@ _KEYS: dict[Role, str] = {
     "cache": "cache",
 }
 """What the user types for a role."""
+
+_THRESHOLDS: tuple[Role, ...] = ("weight", "activation")
+"""The roles that take mixed formats."""
 
 CONTRACTIONS = ("linear", "conv", "matmul", "attention", "expert_linear")
 
@@ -48,6 +51,8 @@ class Quantize(ModulePass):
     operations (`linear`, `conv`, `matmul`, `attention`, `expert_linear`; an embedding, which is a look-up and no
     contraction, only where `kind` names it). A role without a format stays wide, and so does everything that `keep`
     matches: `keep=f32` leaves it, `keep=bf16` rounds its operands to bf16. `seed` starts stochastic rounding.
+    Mixed formats keep a block in their high format where its impact exceeds `weight_threshold` or
+    `activation_threshold`.
     Raises `RuleError` where the rule, or one of its formats, changes nothing.
     """
 
@@ -63,6 +68,8 @@ class Quantize(ModulePass):
     scale_rule: str | None = None
     rounding: str = "rne"
     seed: int = 0
+    weight_threshold: float | None = None
+    activation_threshold: float | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         every = sites(op)
@@ -77,6 +84,7 @@ class Quantize(ModulePass):
             )
         formats = self._formats()
         self._check_scale_rule(rule, formats)
+        self._check_thresholds(rule, formats)
         for role, format in formats.items():
             concerned = [s for s in chosen if s.role == role]
             if not concerned and self.keep is None:
@@ -89,7 +97,7 @@ class Quantize(ModulePass):
         for role, format in formats.items():
             for site in chosen:
                 if site.role == role:
-                    site.retype(format, self._how(site.layout(format)))
+                    site.retype(format, self._how(role, site.layout(format)))
         for site in chosen:
             site.operation.attributes["rule"] = IntegerAttr(rule, 64)
 
@@ -134,8 +142,26 @@ class Quantize(ModulePass):
             key = "keep" if self.keep is not None else _KEYS[site.role]
             raise RuleError(rule, f"{key}={format!r} does not fit {site.name} [{shape}]: {reason}") from None
 
-    def _how(self, format: Attribute) -> Rounding:
-        return Rounding(self._scale_rule(format), self.rounding, seed=self.seed)
+    def _how(self, role: Role, format: Attribute) -> Rounding:
+        threshold = self._threshold(role) if isinstance(format, MixedType) else None
+        return Rounding(self._scale_rule(format), self.rounding, seed=self.seed, threshold=threshold)
+
+    def _threshold(self, role: Role) -> float | None:
+        """The block impact above which operands of a role keep the high format, where the rule says one."""
+        return {"weight": self.weight_threshold, "activation": self.activation_threshold}.get(role)
+
+    def _check_thresholds(self, rule: int, formats: dict[Role, str]) -> None:
+        """Raise RuleError for a mixed format without its threshold, and for a threshold without a mixed format."""
+        mixed: set[Role] = {role for role, format in formats.items() if isinstance(format_of(format), MixedType)}
+        for role in sorted(mixed):
+            if role not in _THRESHOLDS:
+                raise RuleError(rule, f"{_KEYS[role]}={formats[role]!r}: only weights and activations are mixed")
+            if self._threshold(role) is None:
+                what = f"{_KEYS[role]}={formats[role]!r} chooses a format block by block"
+                raise RuleError(rule, f"{what}: give {role}_threshold=, the impact above which a block is high")
+        for role in _THRESHOLDS:
+            if self._threshold(role) is not None and role not in mixed:
+                raise RuleError(rule, f"{role}_threshold has no effect: {_KEYS[role]}= is no mixed format")
 
     def _scale_rule(self, format: Attribute) -> str | None:
         """The rule's own where the format has power-of-two scales; other scales have one rule only."""
