@@ -35,6 +35,8 @@ func.func @forward(%q: !query, %k: !key, %v: !key) -> !query {
 }
 """
 
+MIXED = "mixed<!mx.block<32xf4E2M1FN>, !mx.block<32xf8E4M3FN>>"
+
 
 def run(module, *rules: Quantize):
     for rule in rules:
@@ -95,6 +97,16 @@ def test_an_embedding_is_reached_by_its_kind():
     assert formats(module) == {"embed.weight": "!mx.block<?xi8, f32>"}
 
 
+def test_mixed_formats_have_a_threshold_for_weights_and_one_for_activations():
+    rule = Quantize(match="re:q$", weights=MIXED, activations=MIXED, weight_threshold=0.25, activation_threshold=0.5)
+    found = {
+        cast.input.name_hint: cast.how().threshold
+        for cast in run(parse_module(MODEL), rule).walk()
+        if cast.name == "mx.cast"
+    }
+    assert found == {"q.weight": 0.25, "x": 0.5}
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -124,6 +136,15 @@ def test_an_embedding_is_reached_by_its_kind():
             "rule 1: keep= and formats contradict each other; give one or the other",
         ),
         (Quantize(keep="mxfp4"), "rule 1: keep='mxfp4': a rule keeps f32, bf16 or f16"),
+        (
+            Quantize(weights=MIXED),
+            f"rule 1: weights={MIXED!r} chooses a format block by block: "
+            "give weight_threshold=, the impact above which a block is high",
+        ),
+        (
+            Quantize(weights="mxfp4", activation_threshold=0.1),
+            "rule 1: activation_threshold has no effect: activations= is no mixed format",
+        ),
         (Quantize(kind=("liner",), weights="mxfp4"), "rule 1: unknown kind 'liner' (did you mean \"linear\"?)"),
     ],
 )
