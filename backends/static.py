@@ -107,7 +107,7 @@ class _Static:
         parameter.result.name_hint = value.name_hint
         found: SSAValue = parameter.result
         if fixed:
-            cast = CastOp.build(operands=[found], result_types=[self._type(value)])
+            cast = CastOp.build(operands=[found, None], result_types=[self._type(value)])
             self.into.add_op(cast)
             cast.result.name_hint = value.name_hint
             found = cast.result
@@ -126,9 +126,8 @@ class _Static:
             groups += [[]] if type(op).has_symbols() else []
             made = type(op).build(operands=groups, result_types=type(op).result_groups(types), properties=properties)
         else:
-            made = type(op).build(
-                operands=[self._value(value) for value in op.operands], result_types=types, properties=properties
-            )
+            groups = [self._group(op, name, definition) for name, definition in operand_fields(type(op))]
+            made = type(op).build(operands=groups, result_types=types, properties=properties)
         made.attributes.update(op.attributes)
         self.into.add_op(made)
         for old, new in zip(op.results, made.results, strict=True):

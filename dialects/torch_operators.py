@@ -28,7 +28,7 @@ _SCHEMAS = {
     "rope": "(Tensor input, Tensor cos, Tensor sin, bool halves) -> Tensor",
     "expert_linear": "(Tensor input, Tensor weight, Tensor index, Tensor? bias, bool transposed) -> Tensor",
     "quantize": '(Tensor input, str format, str? scale_rule=None, str rounding="rne", float? clip=None, int seed=0, '
-    "float? threshold=None, bool exact=False) -> Tensor",
+    "float? threshold=None, bool exact=False, Tensor? sensitivity=None) -> Tensor",
     "convert": "(Tensor input, ScalarType dtype, str rounding, int seed=0) -> Tensor",
 }
 
@@ -184,13 +184,17 @@ def quantize(
     seed: int = 0,
     threshold: float | None = None,
     exact: bool = False,
+    sensitivity: Tensor | None = None,
 ) -> Tensor:
-    """The input rounded into a format given by its text."""
+    """The input rounded into a format given by its text; `sensitivity` is that of a mixed format's blocks."""
     from . import formats
     from .mx import parse_type
 
-    how = formats.Rounding(scale_rule, rounding, clip, seed, threshold, exact)
-    return formats.quantize(input, parse_type(format), how).contiguous()
+    how, type = formats.Rounding(scale_rule, rounding, clip, seed, threshold, exact), parse_type(format)
+    if sensitivity is not None:
+        assert isinstance(type, formats.MixedType)
+        return type.quantize(input, how, sensitivity).contiguous()
+    return formats.quantize(input, type, how).contiguous()
 
 
 def convert(input: Tensor, dtype: Any, rounding: str, seed: int = 0) -> Tensor:
@@ -211,7 +215,9 @@ def _quantize_fake(input: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def quantize_call(value: Any, element: Attribute, how: Rounding) -> tuple[Callable[..., Any], tuple[Any, ...], dict]:
+def quantize_call(
+    value: Any, element: Attribute, how: Rounding, sensitivity: Any = None
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict]:
     """Operator, arguments and keywords that round `value` into a format, or convert it into a wide type."""
     from . import formats
     from .operations._values import torch_dtype
@@ -221,7 +227,9 @@ def quantize_call(value: Any, element: Attribute, how: Rounding) -> tuple[Callab
             return operator("aten._to_copy.default"), (value,), {"dtype": torch_dtype(element)}
         return operator("mxloom.convert.default"), (value, torch_dtype(element), how.rounding, how.seed), {}
     arguments = (value, str(element), how.scale_rule, how.rounding, how.clip, how.seed, how.threshold)
-    return operator("mxloom.quantize.default"), (*arguments, True) if how.exact else arguments, {}
+    if how.exact or sensitivity is not None:
+        arguments = (*arguments, how.exact, sensitivity)
+    return operator("mxloom.quantize.default"), arguments, {}
 
 
 @cache
@@ -366,4 +374,4 @@ def _converted_back(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    return gradient, None, None, None, None, None, None, None
+    return gradient, *[None] * 8

@@ -267,12 +267,13 @@ def _cast_of(value: SSAValue, format: Attribute, how: Rounding, *, cache: bool =
             isinstance(op, CastOp)
             and op.result.type.element_type == format
             and op.how() == how
+            and op.sensitivity is None
             and _is_cache(op.result) == cache
         ):
             return op.result
     type = cast(TensorType, value.type)
     new = CastOp.build(
-        operands=[value],
+        operands=[value, None],
         result_types=[TensorType(format, type.get_shape())],
         properties=rounding_properties(how),
     )

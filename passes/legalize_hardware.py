@@ -59,6 +59,9 @@ _INTEGER = (RMSNormOp, LayerNormOp, SoftmaxOp, ExpOp, Curve, MeanOp, WindowPoolO
 """Computed by functions of `dialects.integer`."""
 
 _WEIGHT_BITS, _BIAS_BITS, _ANGLES = 16, 24, FixedType(16, 14)  # pyright: ignore[reportArgumentType]
+_SENSITIVITY_BITS = 12
+"""So many that f64 holds the impact of a block (`stages._impact`)."""
+
 _ROOM = 8
 """Bits of a window below the last one of its result."""
 
@@ -144,6 +147,9 @@ class _Legalization:
     def _legalize(self, op: Operation) -> None:
         match op:
             case CastOp():
+                if op.sensitivity is not None:
+                    format = fixed_for(self._largest(op.sensitivity), _SENSITIVITY_BITS, headroom=1.0)
+                    self._cast_operand(op, op.sensitivity, format)
                 self._fixed_operands(op)
                 if is_wide(element_of(op.result)):
                     raise _UnfitError(
@@ -312,10 +318,15 @@ class _Legalization:
         how = Rounding(scale_rule=default_scale_rule(format))
         for use in value.uses:
             reader = use.operation
-            if isinstance(reader, CastOp) and element_of(reader.result) == format and reader.how() == how:
+            if (
+                isinstance(reader, CastOp)
+                and element_of(reader.result) == format
+                and reader.how() == how
+                and reader.sensitivity is None
+            ):
                 return reader.result
         type = TensorType(format, shape_of(value))
-        new = CastOp.build(operands=[value], result_types=[type], properties=rounding_properties(how))
+        new = CastOp.build(operands=[value, None], result_types=[type], properties=rounding_properties(how))
         new.result.name_hint = hint_of(f"{path_of(value)}.{_suffix(format)}") if value.name_hint else None
         where = InsertPoint.at_start(value.owner) if isinstance(value.owner, Block) else InsertPoint.after(value.owner)
         Rewriter.insert_op(new, where)

@@ -21,12 +21,12 @@ class PreparedMixed:
     low: Prepared
     high: Prepared
 
-    def __call__(self, x: Tensor, out: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None, sensitivity: Tensor | None = None) -> Tensor:
         """`x` rounded, into `out` where it is given; `out` may be `x`."""
         assert self.how.threshold is not None
         if x.is_contiguous():
             low, high = self.low(x, None), self.high(x, None)
-            rounded = self.mixed.chosen(low, high, self.how.threshold, exact=self.how.exact)
+            rounded = self.mixed.chosen(low, high, self.how.threshold, sensitivity, exact=self.how.exact)
         else:  # torch adds a block's impact in the order of memory, which the definition takes from `x`
-            rounded = self.mixed.quantize(x, self.how)
+            rounded = self.mixed.quantize(x, self.how, sensitivity)
         return rounded if out is None else out.copy_(rounded)

@@ -149,14 +149,17 @@ def quantize(
     seed: int = 0,
     threshold: float | None = None,
     exact: bool = False,
+    sensitivity: Tensor | None = None,
 ) -> Tensor:
     """What `mxloom::quantize` does on CPUs and CUDA devices: the bits of `dialects.formats.quantize`, contiguous."""
     if switched_off() is None:
         kind = (input.shape, input.dtype, input.device.type)
         prepared = _prepare_text(format, scale_rule, rounding, clip, seed, threshold, exact, *kind)
+        if isinstance(prepared, PreparedMixed):
+            return prepared(input, None, sensitivity)
         if isinstance(prepared, Kernel):
             return prepared(input, None)
-    return torch_operators.quantize(input, format, scale_rule, rounding, clip, seed, threshold, exact)
+    return torch_operators.quantize(input, format, scale_rule, rounding, clip, seed, threshold, exact, sensitivity)
 
 
 def fake_quantize(

@@ -130,6 +130,27 @@ def test_one_plus_weight_becomes_a_weight() -> None:
     assert "tensor<8x!mx.fixed<16, 14>>" in text  # 1.75 < 2
 
 
+def test_sensitivities_of_computed_values_have_few_bits_and_those_of_weights_stay() -> None:
+    """12 bits, the largest (0.75) just within; hardware meets the weights' own before it is built."""
+    mixed = "!mx.mixed<!mx.block<16xf4E2M1FN>, !mx.block<16xf8E4M3FN>>"
+    text = apply(
+        f"""func.func @f(%x: tensor<2x16xf32>) -> tensor<2x8xf32> {{
+          %s = mx.parameter "s" : tensor<16xf32>
+          %a = mx.cast %x, sensitivity %s {{threshold = 0.5 : f64}}
+            : tensor<2x16xf32>, tensor<16xf32> to tensor<2x16x{mixed}>
+          %w = mx.parameter "w" : tensor<8x16xf32>
+          %b = mx.cast %w, sensitivity %s {{threshold = 0.5 : f64}}
+            : tensor<8x16xf32>, tensor<16xf32> to tensor<8x16x{mixed}>
+          %y = mx.linear %a, %b : (tensor<2x16x{mixed}>, tensor<8x16x{mixed}>) -> tensor<2x8xf32>
+          func.return %y : tensor<2x8xf32>
+        }}""",
+        [random(2, 16)],
+        {"s": torch.linspace(0, 0.75, 16), "w": random(8, 16)},
+    )
+    assert f"tensor<16x!mx.fixed<12, 11>> to tensor<2x16x{mixed}>" in text
+    assert f"tensor<16xf32> to tensor<8x16x{mixed}>" in text
+
+
 def test_everything_without_a_meaning_is_listed_at_once() -> None:
     text = """func.func @f(%x: tensor<2x8xf32>, %m: tensor<2x8xf32>) -> tensor<2x8xf32> {
       %a = mx.div %x, %m : (tensor<2x8xf32>, tensor<2x8xf32>) -> tensor<2x8xf32>

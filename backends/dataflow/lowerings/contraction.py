@@ -11,6 +11,7 @@ from xdsl.ir import Attribute, SSAValue
 from ....dialects.contractions import transposed_format
 from ....dialects.errors import MxloomError
 from ....dialects.formats import Encoded, MixedType, Rounding, block_impact, encode_tensor, is_wide
+from ....dialects.integer import Point
 from ....dialects.operations._operation import Operation
 from ....dialects.operations._shapes import element_of, shape_of
 from ....dialects.operations.cast import CastOp
@@ -21,6 +22,7 @@ from ..flow import Flow, in_order
 from ..graph import Fill, Place
 from ..images import MixedBlocks, packed, rows_of, rows_of_kinds
 from ..lowering import Design, lowers, point_of, refusal, site_of
+from ..stages._stream import Memory
 from ..stages.contraction import Contraction
 from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
@@ -124,21 +126,29 @@ def blocks_of(
         return design.quantized[key]
     owner = value.owner
     if isinstance(owner, CastOp) and value not in design.flows:
-        flow, how = design.flow(owner.input, op), owner.how()
+        flow, how, sensitivity = design.flow(owner.input, op), owner.how(), owner.sensitivity
     else:
-        flow, how = design.flow(value, op), Rounding()
+        flow, how, sensitivity = design.flow(value, op), Rounding(), None
     if transposed:
         rank = len(flow.shape)
         flow = flow.permuted([*range(rank - 2), rank - 1, rank - 2])
-    place = quantized(design, op, flow, code, lanes, how, site_of(op) if transposed else "")
+    weights = None if sensitivity is None else _sensitivities(design, op, sensitivity, flow, transposed)
+    place = quantized(design, op, flow, code, lanes, how, site_of(op) if transposed else "", weights)
     design.quantized[key] = place
     return place
 
 
 def quantized(
-    design: Design, op: Operation, flow: Flow, code: OperandCode, lanes: int, how: Rounding, site: str
+    design: Design,
+    op: Operation,
+    flow: Flow,
+    code: OperandCode,
+    lanes: int,
+    how: Rounding,
+    site: str,
+    sensitivities: tuple[Point, np.ndarray] | None = None,
 ) -> Place:
-    """A quantizer behind a flow."""
+    """A quantizer behind a flow; of mixed blocks, with the sensitivities of a row's numbers and their format."""
     if how.clip is not None or how.rounding == "stochastic":
         raise refusal(op, "clipped and stochastic rounding of computed values have no hardware")
     if code.block_rows != 1:
@@ -146,13 +156,36 @@ def quantized(
     if code.scale is not None and code.scale.mantissa_bits:
         raise refusal(op, f"a computed value in {code.name}: scales that are floats are chosen by no hardware")
     own = site or design_site(flow, op)
-    stage = _quantizer(op, flow, code, lanes, how)
-    node = design.graph.add("quantize", stage, own)
+    stage = _quantizer(op, flow, code, lanes, how, sensitivities[0] if sensitivities else None)
+    words = [] if sensitivities is None else [_padded(sensitivities[1], memory) for memory in stage.memories]
+    fill: Fill | None = (lambda _: words) if words else None
+    node = design.graph.add("quantize", stage, own, fill)
     design.graph.connect(in_order(design.graph, flow, f"{own}_operand"), Place(node.name, "in"))
     return Place(node.name, "out")
 
 
-def _quantizer(op: Operation, flow: Flow, code: OperandCode, lanes: int, how: Rounding) -> Quantize | QuantizeMixed:
+def _sensitivities(
+    design: Design, op: Operation, value: SSAValue, flow: Flow, transposed: bool
+) -> tuple[Point, np.ndarray]:
+    """(the format of the sensitivities, one whole number for each place in a row)."""
+    shape = shape_of(value)
+    along, others = (shape[:-2] + shape[-1:], shape[-2:-1]) if transposed else (shape[:-1], shape[-1:])
+    if prod(along) != 1 or others != flow.shape[-1:]:
+        raise refusal(op, f"sensitivities of shape {shape}: hardware keeps one for each place along the sum")
+    found = fixed_codes(design, op, value).reshape(-1)
+    if (found < 0).any():
+        raise refusal(op, "a sensitivity is negative, and squared gradients are not")
+    return point_of(value, op), found
+
+
+def _padded(numbers: np.ndarray, memory: Memory) -> np.ndarray:
+    """The words of a memory that keeps one number each, zeros behind them."""
+    return packed(np.pad(numbers, (0, memory.depth - len(numbers)))[:, None] & ((1 << memory.width) - 1), memory.width)
+
+
+def _quantizer(
+    op: Operation, flow: Flow, code: OperandCode, lanes: int, how: Rounding, sensitivity: Point | None
+) -> Quantize | QuantizeMixed:
     rows, size = prod(flow.shape[:-1]), flow.shape[-1]
     if not code.is_mixed:
         rule = how.scale_rule or ("floor" if code.elements[0].is_fixed else "even")
@@ -160,7 +193,7 @@ def _quantizer(op: Operation, flow: Flow, code: OperandCode, lanes: int, how: Ro
     if how.threshold is None:
         raise refusal(op, f"a computed value in {code.name}: no cast says above which threshold its blocks are high")
     try:
-        return QuantizeMixed(flow.point, code, lanes, rows, size, how.threshold, how.rounding)
+        return QuantizeMixed(flow.point, code, lanes, rows, size, how.threshold, how.rounding, sensitivity)
     except MxloomError as error:
         raise refusal(op, f"a computed value in {code.name}: {error}") from None
 
@@ -177,9 +210,10 @@ def encoded_weight(
     owner = value.owner
     if isinstance(owner, CastOp) and isinstance(owner.input.owner, ParameterOp):
         wide, how = design.constant(owner.input), owner.how()
+        sensitivity = None if owner.sensitivity is None else design.constant(owner.sensitivity)
     elif isinstance(owner, ParameterOp) and not is_wide(element_of(value)):
         found = design.weights.encoded(owner.source.data, element_of(value), shape_of(value))
-        wide, how = found.decode(), Rounding()
+        wide, how, sensitivity = found.decode(), Rounding(), None
         _check_finite(op, value, wide)
         if not transposed:
             return found
@@ -188,15 +222,17 @@ def encoded_weight(
     assert wide is not None
     _check_finite(op, value, wide)
     if isinstance(type, MixedType):
-        return _mixed_weight(wide, element_of(value), type, how, transposed)
+        return _mixed_weight(wide, element_of(value), type, how, transposed, sensitivity)
     wide = wide.transpose(-1, -2).contiguous() if transposed else wide
     return encode_tensor(wide.float(), type, how)  # pyright: ignore[reportArgumentType]
 
 
-def _mixed_weight(wide: Tensor, stated: Attribute, type: MixedType, how: Rounding, transposed: bool) -> MixedBlocks:
+def _mixed_weight(
+    wide: Tensor, stated: Attribute, type: MixedType, how: Rounding, transposed: bool, sensitivity: Tensor | None
+) -> MixedBlocks:
     """A weight in both kinds. The kind is decided in the layout that is `stated`, as the reference does."""
     assert isinstance(stated, MixedType) and how.threshold is not None
-    is_low = block_impact(wide, stated, how=how) <= how.threshold
+    is_low = block_impact(wide, stated, sensitivity, how) <= how.threshold
     if transposed:
         wide, is_low = wide.transpose(-1, -2).contiguous(), is_low.transpose(-1, -2)
     low, high = (encode_tensor(wide.float(), part, each) for part, each in type.roundings(how))

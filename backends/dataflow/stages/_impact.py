@@ -17,7 +17,9 @@ F64_DIGITS = 53
 
 @dataclass(frozen=True)
 class Impact:
-    """The sum over a block of (low - high)^2, and the threshold that it is compared with (FGMP, arXiv 2504.14152).
+    """The sum over a block of s (low - high)^2, and the threshold that it is compared with (FGMP, arXiv 2504.14152).
+
+    s is 1, or a channel's sensitivity in the format `sensitivity`, which is never negative.
 
     `given` is the format of the numbers, `block` how many there are. Where the highest bit of a block's largest
     magnitude stands at p, the values of both kinds are whole multiples of the unit 2^(p - F - depth), F the fraction of
@@ -30,6 +32,7 @@ class Impact:
     block: int
     threshold: float
     rounding: str = "rne"
+    sensitivity: Point | None = None
 
     @cached_property
     def depth(self) -> int:
@@ -55,9 +58,18 @@ class Impact:
         return (self.largest**2).bit_length()
 
     @property
+    def term_bits(self) -> int:
+        """Bits of a number's share."""
+        return (self.largest**2 * self._heaviest).bit_length()
+
+    @property
     def sum_bits(self) -> int:
         """Bits of the whole impact."""
-        return (self.block * self.largest**2).bit_length()
+        return (self.block * self.largest**2 * self._heaviest).bit_length()
+
+    @property
+    def _heaviest(self) -> int:
+        return 1 if self.sensitivity is None else (1 << (self.sensitivity.width - 1)) - 1
 
     def why_not(self) -> str | None:
         """Why the reference, which sums impacts in f64, may decide otherwise; None where it does not."""
@@ -75,7 +87,8 @@ class Impact:
 
     def _bound(self, place: int) -> int:
         unit = Fraction(2) ** (place - self.given.fraction - self.depth)
-        return floor(Fraction(self.threshold) / unit**2)
+        fraction = 0 if self.sensitivity is None else self.sensitivity.fraction
+        return floor(Fraction(self.threshold) / unit**2 * 2**fraction)
 
 
 def _depth(element: ElementCode) -> int:

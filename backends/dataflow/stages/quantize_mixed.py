@@ -6,26 +6,29 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ....dialects.errors import MxloomError
-from ..arithmetic import product
+from ....dialects.integer import Point
+from ..arithmetic import product, product_unsigned
 from ..codes import ElementCode
 from ..multiplier import decoded
 from ..rtl import Module, Signal, join
 from ._blocks import Blocks, BlockStage, gathered
 from ._impact import Impact
 from ._rounding import rounded, scale_byte
-from ._stream import Pipe, StreamModule
+from ._stream import Memory, Pipe, StreamModule
 
 
 @dataclass(frozen=True)
 class QuantizeMixed(BlockStage):
-    """Blocks of the low kind, or of the high one where the sum over the block of (low - high)^2 exceeds `threshold`.
+    """Blocks of the low kind, or of the high one where the sum over the block of s (low - high)^2 exceeds `threshold`.
 
     FGMP (arXiv 2504.14152), section 4: a beat is a whole block, beside it its scale and, on top, a 1 for the low kind.
-    Each kind has the scale rule that is its own: even for minifloats, floor for fixed point.
+    Each kind has the scale rule that is its own: even for minifloats, floor for fixed point. s is 1, or, with
+    `sensitivity` as its format, a number of each place in a row, none of them negative, that is loaded.
     """
 
     threshold: float = 0.0
     rounding: str = "rne"
+    sensitivity: Point | None = None
 
     def __post_init__(self) -> None:
         if self.lanes != self.block:
@@ -44,18 +47,23 @@ class QuantizeMixed(BlockStage):
 
     @cached_property
     def impact(self) -> Impact:
-        return Impact(*self.kinds, self.given, self.block, self.threshold, self.rounding)
+        return Impact(*self.kinds, self.given, self.block, self.threshold, self.rounding, self.sensitivity)
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """A sensitivity for each place in a row, and for what fills its last block."""
+        return (Memory(self.blocks * self.block, self.sensitivity.width),) if self.sensitivity else ()
 
     @property
     def delay(self) -> int:
-        return 6
+        return 6 + (self.sensitivity is not None)
 
     def module(self, name: str) -> Module:
         return _Builder(self, self.start(name)).build()
 
 
 class _Builder:
-    """The steps of the pipeline, in order: read, round, subtract, square, sum, choose."""
+    """The steps of the pipeline, in order: read, round, subtract, square, (weigh,) sum, choose."""
 
     def __init__(self, stage: QuantizeMixed, module: StreamModule) -> None:
         self.stage, self.module, self.impact = stage, module, stage.impact
@@ -68,6 +76,7 @@ class _Builder:
         index, ends = rows.elements(go)
         valid = [pipe.flag(rows.available)]
         word = rows.read(index, pipe.enable)
+        weight = self._weight(go)
         number = pipe.step(rows.holds(index)).repeated(word.width) & word
         raised = [pipe.step(rows.raised(_rule(element), element)) for element in stage.kinds]
         place, empty, last = (pipe.step(each) for each in (rows.highest(), rows.empty, ends))
@@ -76,21 +85,33 @@ class _Builder:
             pipe.step(rounded(number, place + up.unsigned(place.width), stage.given, element, stage.rounding))
             for element, up in zip(stage.kinds, raised, strict=True)
         ]
-        for _ in range(4):
+        difference = pipe.step(self._difference(codes, [pipe.step(up) for up in raised]))
+        term = pipe.step(product(difference, difference).low(self.impact.square_bits))
+        if weight is not None:
+            term = pipe.step(product_unsigned(term, self.later(weight, 3)).low(self.impact.term_bits))
+        before = stage.delay - 3
+        for _ in range(before + 1):
             valid.append(pipe.flag(valid[-1]))
-        difference = pipe.step(self._difference(codes, [self.later(up, 1) for up in raised]))
-        square = pipe.step(product(difference, difference).low(self.impact.square_bits))
-        last, place, empty, *raised = (self.later(each, 3) for each in (last, place, empty, *raised))
-        total = self._total(square, valid[3], last)
+        last, place, empty, *raised = (self.later(each, before) for each in (last, place, empty, *raised))
+        total = self._total(term, valid[-2], last)
         is_low = self._is_low(total, place)
         last, place, empty, *raised = (pipe.step(each) for each in (last, place, empty, *raised))
         sides = [
             scale_byte(place + up.unsigned(place.width), empty, stage.given, element)
             for element, up in zip(stage.kinds, raised, strict=True)
         ]
-        beats = [self._beat(self.later(code, 3), valid[4]) for code in codes]
+        beats = [self._beat(self.later(code, before), valid[-1]) for code in codes]
         data = join(is_low, is_low.then(*sides), is_low.then(*beats))
-        return module.close({"in": rows.ready}, {"out": pipe.end(valid[4] & last, data)})
+        return module.close({"in": rows.ready}, {"out": pipe.end(valid[-1] & last, data)})
+
+    def _weight(self, go: Signal) -> Signal | None:
+        """The sensitivity of the number that is read, beside it; without its sign, which is 0."""
+        stage, module = self.stage, self.module
+        if stage.sensitivity is None:
+            return None
+        (memory,) = module.loaded(stage.memories)
+        channel, _ = module.counter(stage.blocks * stage.block, go, "channel")
+        return memory.read(module, channel, self.pipe.enable).low(stage.sensitivity.width - 1)
 
     def later(self, signal: Signal, steps: int) -> Signal:
         """A signal so many steps later."""
@@ -109,13 +130,13 @@ class _Builder:
             found.append(up.then(join(value.low(width - 1), self.module.constant(0, 1)), value))
         return found[0] - found[1]
 
-    def _total(self, square: Signal, valid: Signal, last: Signal) -> Signal:
-        """The sum of a block's squares, whole behind its last element."""
+    def _total(self, term: Signal, valid: Signal, last: Signal) -> Signal:
+        """The sum of a block's terms, whole behind its last element."""
         module, width = self.module, self.impact.sum_bits
         moving = valid & self.pipe.enable
         total, fresh = module.register(width, "impact", initial=None), module.register(1, "fresh", initial=1)
         fresh.set(last, moving)
-        wide = square.unsigned(width)
+        wide = term.unsigned(width)
         return total.set(fresh.q.then(wide, total.q + wide), moving)
 
     def _is_low(self, total: Signal, place: Signal) -> Signal:

@@ -103,22 +103,38 @@ def test_an_mlp_equals_the_reference_under_verilator() -> None:
     assert outcome.beats == INPUTS * 5 * 70
 
 
-X = "!mx.fixed<24, 12>"
+X, S = "!mx.fixed<24, 12>", "!mx.fixed<12, 11>"
 LOW, HIGH = "!mx.block<{}xf4E2M1FN>", "!mx.block<{}xf8E4M3FN>"
 ROWS, COLUMNS = (f"!mx.mixed<{LOW.format(each)}, {HIGH.format(each)}>" for each in ("32", "32x1"))
 PRODUCTS = f"""
 func.func @forward(%x: tensor<5x70x{X}>, %y: tensor<70x6x{X}>) -> (tensor<5x6x{X}>, tensor<5x7x{X}>) {{
-  %a = mx.cast %x {{threshold = 0.5 : f64}} : tensor<5x70x{X}> to tensor<5x70x{ROWS}>
-  %b = mx.cast %y {{threshold = 0.3 : f64}} : tensor<70x6x{X}> to tensor<70x6x{COLUMNS}>
+  %s = mx.parameter "s" : tensor<70xf32>
+  %sf = mx.cast %s : tensor<70xf32> to tensor<70x{S}>
+  %t = mx.parameter "t" : tensor<70x1xf32>
+  %tf = mx.cast %t : tensor<70x1xf32> to tensor<70x1x{S}>
+  %a = mx.cast %x, sensitivity %sf {{threshold = 0.5 : f64}}
+    : tensor<5x70x{X}>, tensor<70x{S}> to tensor<5x70x{ROWS}>
+  %b = mx.cast %y, sensitivity %tf {{threshold = 0.3 : f64}}
+    : tensor<70x6x{X}>, tensor<70x1x{S}> to tensor<70x6x{COLUMNS}>
   %p = mx.matmul %a, %b, window = #mx.window<36, -20>
     : (tensor<5x70x{ROWS}>, tensor<70x6x{COLUMNS}>) -> tensor<5x6x{X}>
   %w = mx.parameter "w" : tensor<70x7xf32>
-  %wf = mx.cast %w {{threshold = 0.4 : f64}} : tensor<70x7xf32> to tensor<70x7x{COLUMNS}>
+  %g = mx.parameter "g" : tensor<70x7xf32>
+  %wf = mx.cast %w, sensitivity %g {{threshold = 0.4 : f64}}
+    : tensor<70x7xf32>, tensor<70x7xf32> to tensor<70x7x{COLUMNS}>
   %q = mx.linear %a, %wf, transposed, window = #mx.window<36, -20>
     : (tensor<5x70x{ROWS}>, tensor<70x7x{COLUMNS}>) -> tensor<5x7x{X}>
   func.return %p, %q : tensor<5x6x{X}>, tensor<5x7x{X}>
 }}"""
-WEIGHTS = WeightStore.from_state_dict({"w": random(70, 7, seed=9)})
+WEIGHTS = WeightStore.from_state_dict(
+    {
+        "w": random(70, 7, seed=9),
+        "g": random(70, 7, seed=10).square(),
+        "s": random(70, seed=11).square() / 8,
+        "t": random(70, 1, seed=12).square() / 8,
+        "negative": random(70, 1, seed=12),
+    }
+)
 
 
 def test_products_of_two_values_and_transposed_weights() -> None:
@@ -138,7 +154,12 @@ def test_products_of_two_values_and_transposed_weights() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("{threshold = 0.5 : f64}", "", r"p \(mx.matmul\): .*no cast says above which threshold"),
+        (" {threshold = 0.5 : f64}", "", r"p \(mx.matmul\): .*no cast says above which threshold"),
+        (
+            'mx.parameter "t" : tensor<70x1xf32>',
+            'mx.parameter "negative" : tensor<70x1xf32>',
+            r"p \(mx.matmul\): a sensitivity is negative",
+        ),
         (ROWS, ROWS.replace("32", "16"), r"p \(mx.matmul\): .*blocks of 32 numbers in beats of 16"),
     ],
 )

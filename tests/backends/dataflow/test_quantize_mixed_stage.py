@@ -1,5 +1,6 @@
 """Mixed blocks made by the circuit are those of the definition, and the kind is that of the exact impact."""
 
+from dataclasses import replace
 from fractions import Fraction
 from math import inf, nextafter
 
@@ -10,7 +11,7 @@ import torch
 from mxloom.backends.dataflow.codes import operand_code
 from mxloom.backends.dataflow.stages.quantize_mixed import QuantizeMixed
 from mxloom.dialects.errors import MxloomError
-from mxloom.dialects.formats import MixedType, Rounding, encode_tensor, quantize
+from mxloom.dialects.formats import MixedType, Rounding, block_impact, encode_tensor, quantize
 from mxloom.dialects.instances import format_of
 from mxloom.dialects.integer import Point
 
@@ -26,14 +27,17 @@ def mixed(low: str, high: str, block: int) -> MixedType:
     return found
 
 
-def impacts_of(x: torch.Tensor, type: MixedType, rounding: str = "rne") -> list[Fraction]:
-    """The sum over each block of (Q_low - Q_high)^2 in exact arithmetic (FGMP, section 3.1), row after row."""
+def impacts_of(
+    x: torch.Tensor, type: MixedType, rounding: str = "rne", weights: torch.Tensor | None = None
+) -> list[Fraction]:
+    """The sum over each block of g^2 (Q_low - Q_high)^2 in exact arithmetic (FGMP, section 3.1), row after row."""
+    heavy = [Fraction(each) for each in (torch.ones(x.shape[1]) if weights is None else weights).tolist()]
     block = type.low_block.dims[-1]
     how = Rounding(rounding=rounding)
     pairs = zip(*(quantize(x, part, how).tolist() for part in (type.low, type.high)), strict=True)
     found: list[Fraction] = []
     for low, high in pairs:
-        squares = [(Fraction(a) - Fraction(b)) ** 2 for a, b in zip(low, high, strict=True)]
+        squares = [g * (Fraction(a) - Fraction(b)) ** 2 for g, a, b in zip(heavy, low, high, strict=True)]
         found += [sum(squares[start : start + block], Fraction()) for start in range(0, len(squares), block)]
     return found
 
@@ -115,6 +119,31 @@ def test_roundings(rounding: str) -> None:
     values = spread((ROWS, 40), 24, 3).double() * 2.0**-12
     impacts = sorted(impacts_of(values, type, rounding))
     check(type, float(impacts[len(impacts) // 2]), size=40, rounding=rounding)
+
+
+@pytest.mark.parametrize(("size", "block"), [(70, 32), (64, 16), (33, 16)])
+def test_sensitivities_of_channels(size: int, block: int) -> None:
+    """Channels of no, of little and of the most weight; the definition, in f64, decides alike."""
+    type, point = mixed(FP4, FP8, block), Point(12, 14)
+    codes = torch.randint(0, 2048, (size,), generator=torch.Generator().manual_seed(1))
+    codes = (codes >> torch.arange(size) % 11).masked_fill(torch.arange(size) % 7 == 0, 0)
+    codes[1::9] = 2047
+    weights = codes.double() * 2.0**-point.fraction
+    x = spread((ROWS, size), 24, 3)
+    values = x.double() * 2.0**-12
+    impacts = impacts_of(values, type, weights=weights)
+    stage = QuantizeMixed(Point(24, 12), operand_code(type, size), block, ROWS, size, 0.0, "rne", point)
+    (memory,) = stage.memories
+    load = codes_of(torch.cat([codes, codes.new_zeros(memory.depth - size)]), point.width)
+    for tie in (sorted(impacts)[len(impacts) * 7 // 10], max(impacts)):
+        for threshold in (float(tie), nextafter(float(tie), 0.0)):
+            is_low = [impact <= threshold for impact in impacts]
+            how = Rounding(threshold=threshold, exact=True)
+            assert [not each for each in is_low] == (
+                block_impact(values.float(), type, weights, how) > threshold
+            ).flatten().tolist()
+            stage = replace(stage, threshold=threshold)
+            compare(stage, {"in": codes_of(x, 24)}, {"out": expected_beats(values, type, is_low)}, load)
 
 
 def test_what_has_no_hardware_is_refused() -> None:
