@@ -20,6 +20,7 @@ from ..stages.contraction import Contraction
 from ..stages.normalize import Normalize
 from ..stages.pointwise import Binary, Convert
 from ..stages.quantize import Quantize
+from ..stages.quantize_mixed import QuantizeMixed
 from ..stages.rope import Rope
 from ..stages.route import Axis, Fifo, Fork, Reorder
 from ..stages.softmax import Softmax
@@ -101,6 +102,12 @@ def _quantize(given: dict[str, str]) -> Quantize:
     return Quantize(_point(given, "given"), code, int(given["lanes"]), 16, size, given.get("rule", "floor"))
 
 
+def _quantize_mixed(given: dict[str, str]) -> QuantizeMixed:
+    code = operand(given["to"])
+    lanes = code.block or int(given["size"])
+    return QuantizeMixed(_point(given, "given"), code, lanes, 16, int(given["size"]), float(given["threshold"]))
+
+
 def _normalize(given: dict[str, str]) -> Normalize:
     weight = _point(given, "weight") if "weight" in given else None
     bias = _point(given, "bias") if "bias" in given else None
@@ -147,6 +154,7 @@ _KINDS = {
     "dot": _dot,
     "contraction": _contraction,
     "quantize": _quantize,
+    "quantizemixed": _quantize_mixed,
     "normalize": _normalize,
     "softmax": _softmax,
     "activation": _activation,

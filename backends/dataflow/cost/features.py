@@ -22,6 +22,7 @@ from ..stages.contraction import Contraction
 from ..stages.normalize import Normalize
 from ..stages.pointwise import Binary, Convert
 from ..stages.quantize import Quantize
+from ..stages.quantize_mixed import QuantizeMixed
 from ..stages.rope import Rope
 from ..stages.route import Fifo, Fork, Reorder
 from ..stages.softmax import Softmax
@@ -267,6 +268,37 @@ def _(design: Quantize) -> Features:
         "adder": (4 if code.scale else 1) * given + code.code_bits,
         "register": (design.lanes - 1) * code.code_bits + design.outputs["out"],
         "control": address_bits(design.block) * 4 + address_bits(design.lanes) + address_bits(design.blocks),
+        "constant": 1.0,
+    }
+
+
+@multipliers.register
+def _(design: QuantizeMixed) -> tuple[Multiplier, ...]:
+    impact = design.impact
+    square = Multiplier(impact.difference_bits, impact.difference_bits)
+    if design.sensitivity is None:
+        return (square,)
+    return square, Multiplier(impact.square_bits, design.sensitivity.width - 1, signed=False)
+
+
+@features.register
+def _(design: QuantizeMixed) -> Features:
+    given, impact, kinds = design.given.width, design.impact, design.kinds
+    rounding = sum(given * (bits_above(given) if kind.is_fixed else 2 * bits_above(given)) for kind in kinds)
+    decoding = sum(
+        shifter_cells(kind.significand_bits, kind.largest_shift, kind.largest.bit_length() + 1)
+        for kind in kinds
+        if not kind.is_fixed
+    )
+    codes = sum(kind.bits for kind in kinds)
+    summed = impact.difference_bits + impact.square_bits + 2 * impact.sum_bits
+    return {
+        "shifter": rounding + decoding,
+        "negation": design.lanes * design.code.code_bits,
+        "adder": 7 * given + codes + summed,
+        "register": (design.lanes - 1) * codes + design.outputs["out"] + summed,
+        "table": given * impact.sum_bits,
+        "control": address_bits(design.block) * 4 + address_bits(design.blocks),
         "constant": 1.0,
     }
 

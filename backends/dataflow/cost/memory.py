@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from math import inf
 
 from ....dialects.integer import PowerOfTwo
+from ..stages._blocks import BlockStage
 from ..stages._stream import Memory, Stage
 from ..stages.contraction import Contraction
 from ..stages.normalize import Normalize
-from ..stages.quantize import Quantize
 from ..stages.rope import Rope
 from ..stages.route import Fifo, Reorder
 from ..stages.softmax import Softmax
@@ -50,7 +50,7 @@ def _rows(stage: Stage) -> list[Memory]:
             if stage.dynamic:
                 rows += [Memory(2 * stage.groups * stage.steps, stage.inputs["b"])] * stage.copies
             return rows
-        case Quantize():
+        case BlockStage():
             return [Memory(2 * stage.block, stage.given.width)]
         case Normalize():
             return [Memory(2 * stage.size, stage.given.width)]

@@ -48,7 +48,7 @@ from mxloom.compiler.command_line import all_commands, main
 from mxloom.dialects.errors import MxloomError, UsageError
 from mxloom.dialects.instances import format_of
 
-KINDS = {"dot", "contraction", "quantize", "normalize", "softmax", "activation"} | {
+KINDS = {"dot", "contraction", "quantize", "quantizemixed", "normalize", "softmax", "activation"} | {
     "rope",
     "binary",
     "convert",
