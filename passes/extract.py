@@ -9,6 +9,7 @@ from xdsl.context import Context
 from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr
 from xdsl.dialects.func import FuncOp, ReturnOp
 from xdsl.ir import Block, SSAValue
+from xdsl.ir import Operation as IROperation
 from xdsl.passes import ModulePass
 
 from ..backends.reference import body
@@ -26,7 +27,8 @@ class Extract(ModulePass):
     """Keep the operations whose module's name is one of `part` or begins with one; parameters that they read stay.
 
     What they read from outside becomes an input, in the order in which it comes to be, and what is read outside or
-    returned an output, named `outputs` on the function. A value that follows from parameters by casts alone is no
+    returned an output, named `outputs` on the function. A cast goes with what reads it, wherever the value comes from:
+    parts meet in values before they are rounded into blocks. A value that follows from parameters by casts alone is no
     input: it is kept with what it follows from. Sizes are measured where the model measures them, so that a tensor
     whose size the part needs is an input too. Raises UsageError where a name of `part` matches nothing.
     """
@@ -58,15 +60,23 @@ class Extract(ModulePass):
         operations = [each for each in body(op).ops if isinstance(each, Operation)]
         stored = _stored(operations)
         kept = {each for each in operations if each not in stored and belongs(module_name(each), self.part)}
+        for each in reversed(operations):
+            if isinstance(each, CastOp) and each not in stored and not _is_returned(each):
+                is_read = any(use.operation in kept for use in each.result.uses)
+                (kept.add if is_read else kept.discard)(each)
         self._check(operations, stored, kept)
         return operations, stored, kept
 
     def _check(self, operations: list[Operation], stored: set[Operation], kept: set[Operation]) -> None:
         names = [module_name(each) for each in operations if each not in stored]
         for part in self.part:
-            if not any(belongs(name, (part,)) for name in names):
+            if not any(belongs(module_name(each), (part,)) for each in kept):
                 raise UsageError(f"extract: no operation belongs to {part!r}{nearest(part, names)}")
-        assert kept
+
+
+def _is_returned(operation: Operation) -> bool:
+    """Whether the function gives a result of an operation."""
+    return any(isinstance(use.operation, ReturnOp) for result in operation.results for use in result.uses)
 
 
 def belongs(name: str, part: tuple[str, ...]) -> bool:
@@ -111,13 +121,21 @@ def _from_outside(
 
 def _read_outside(block: Block, kept: set[Operation]) -> list[SSAValue]:
     """The results of what is kept that something else reads, or that the function returns, in order."""
-    return [
-        result
-        for op in block.ops
-        if op in kept
-        for result in op.results
-        if not _is_size(result) and any(use.operation not in kept for use in result.uses)
-    ]
+    results = [result for op in block.ops if op in kept for result in op.results if not _is_size(result)]
+    return [result for result in results if _is_read_outside(result, kept)]
+
+
+def _is_read_outside(value: SSAValue, kept: set[Operation]) -> bool:
+    """Whether what is not kept reads a value, itself or by casts, which it makes anew."""
+    if isinstance(value.owner, CastOp) and not _is_returned(value.owner):
+        return False
+    return any(_leads_outside(use.operation, kept) for use in value.uses)
+
+
+def _leads_outside(reader: IROperation, kept: set[Operation]) -> bool:
+    if not isinstance(reader, CastOp) or _is_returned(reader):
+        return reader not in kept
+    return any(_leads_outside(use.operation, kept) for use in reader.result.uses)
 
 
 def _copied(

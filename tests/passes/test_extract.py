@@ -84,6 +84,31 @@ def test_inputs_and_outputs_are_what_crosses_the_border() -> None:
     assert '"w"' in str(extracted(module, "one")) and '"v"' not in str(extracted(module, "one"))
 
 
+CAST_TEXT = """func.func @f(%x: tensor<2x8xf32>) -> (tensor<2x8xf32>, tensor<2x8x!mx.fixed<8, 6>>) {
+  %w = mx.parameter "w" : tensor<8x8xf32>
+  %one.a = mx.silu %x : (tensor<2x8xf32>) -> tensor<2x8xf32>
+  %one.a.fixed = mx.cast %one.a : tensor<2x8xf32> to tensor<2x8x!mx.fixed<16, 8>>
+  %one.a.mxint8 = mx.cast %one.a.fixed : tensor<2x8x!mx.fixed<16, 8>> to tensor<2x8xBLOCKS>
+  %two.a = mx.linear %one.a.mxint8, %w : (tensor<2x8xBLOCKS>, tensor<8x8xf32>) -> tensor<2x8xf32>
+  %three.a = mx.linear %one.a.mxint8, %w : (tensor<2x8xBLOCKS>, tensor<8x8xf32>) -> tensor<2x8xf32>
+  %three.b = mx.add %three.a, %two.a : (tensor<2x8xf32>, tensor<2x8xf32>) -> tensor<2x8xf32>
+  %three.c = mx.cast %three.b : tensor<2x8xf32> to tensor<2x8x!mx.fixed<8, 6>>
+  func.return %three.b, %three.c : tensor<2x8xf32>, tensor<2x8x!mx.fixed<8, 6>>
+}""".replace("BLOCKS", "!mx.block<8x!mx.fixed<8, 6>>")
+
+
+def test_a_cast_goes_with_what_reads_it() -> None:
+    """Two parts that read one value rounded alike each round it; a cast that the model returns stays where it is."""
+    module = parse_module(CAST_TEXT)
+    one, two, three = (extracted(module, part) for part in ("one", "two", "three"))
+    assert names(one) == (["x"], ["one.a"]) and "mx.cast" not in str(one)
+    assert names(two) == (["one.a"], ["two.a"]) and str(two).count("mx.cast") == 2
+    assert names(three) == (["one.a", "two.a"], ["three.b", "three.c"]) and str(three).count("mx.cast") == 3
+    assert names(extracted(module, "two", "three")) == (["one.a"], ["three.b", "three.c"])
+    with pytest.raises(UsageError, match=r"no operation belongs to 'one\.a\.mxint8'"):
+        extracted(module, "one.a.mxint8")
+
+
 def test_a_part_that_is_not_there_is_told() -> None:
     with pytest.raises(UsageError, match=r"no operation belongs to 'three.b'"):
         extracted(parse_module(TEXT), "one", "three.b")
