@@ -42,9 +42,11 @@ from ..dialects.operations.pointwise import (
     SubOp,
 )
 from ..dialects.operations.reduction import AveragePoolOp, MaxPoolOp, MeanOp, SumOp, WindowPoolOp
+from ..dialects.operations.size import SizeOp
 from ..dialects.windows import WIDEST as WIDEST_WINDOW
 from ..dialects.windows import WindowAttr, needed_bits, scale_digits, why_no_window_operand
 from ._context import calibration_of, weights_of
+from ._curves import name_curves
 from ._ranges import Ranges, fixed_for, observed
 from ._sites import module_name, root, rounding_properties, set_probabilities
 from .extract import belongs
@@ -113,6 +115,7 @@ class _Legalization:
     def run(self) -> None:
         block = body(self.module)
         function = cast(FuncOp, block.parent_op())
+        name_curves(block, self.ranges)
         chip = chip_operations(block, self.options.part)
         if not chip:
             raise UsageError(f"{self.options.name}: no operation computes on values of {self.options.part or 'inputs'}")
@@ -351,7 +354,7 @@ def chip_operations(block: Block, part: tuple[str, ...] = ()) -> list[Operation]
             continue
         if isinstance(op, EmbeddingOp):
             data.update(op.results)
-        elif any(operand in data for operand in op.operands):
+        elif any(operand in data for operand in op.operands) and not isinstance(op, SizeOp):
             data.update(op.results)
             if not part or belongs(module_name(op), part):
                 found.append(op)

@@ -15,6 +15,7 @@ from .images import widened
 from .rtl import Module, Signal, Wire
 from .stages._stream import Stage, StreamModule
 from .stages.route import Fifo, Fork
+from .stages.select import Select
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -127,8 +128,9 @@ class Graph:
     def add_queues(self) -> list[str]:
         """Queues where paths that part at a fork meet again; returns their names.
 
-        Every input of a stage that meets another from the same fork gets one, but for the longest way; a queue holds a
-        whole run's beats.
+        Every input of a stage that meets another from the same fork gets one, but for the longest way, which needs one
+        too where only a part of a stream is on some way: what is dropped there holds up the fork. A queue holds a whole
+        run's beats.
         """
         network = self.network()
         order = list(nx.topological_sort(network))
@@ -144,8 +146,11 @@ class Graph:
             if len(sources) < 2:
                 continue
             longest = max(sources, key=lambda target: depth[sources[target].node])
+            ways = [before[source.node] for source in sources.values()]
+            common = set.intersection(*ways)
+            parts = common and any(isinstance(self.nodes[n].stage, Select) for n in set.union(*ways) - common)
             for target, source in sources.items():
-                if target != longest and before[source.node] & before[sources[longest].node]:
+                if (target != longest or parts) and before[source.node] & before[sources[longest].node]:
                     names.append(self._queue(source, target))
         return names
 

@@ -107,6 +107,8 @@ def lower(module: ModuleOp, weights: Weights) -> Graph:
             _skip(design, operation)
     if refused:
         raise MxloomError("no hardware for this module:\n" + "\n".join(f"  {line}" for line in refused))
+    if not design.graph.nodes:
+        raise MxloomError("no hardware for this module: it gives back what it is given")
     return design.graph
 
 

@@ -275,7 +275,10 @@ def _stage(
     clock, count = Clock(out), beats["out"]
     yield clock.deliver(count)
     if not schedule.turns:
-        yield _pipe(schedule.delay, list(ins.values()), clock, count)
+        if schedule.passes is None:
+            yield _pipe(schedule.delay, list(ins.values()), clock, count)
+        else:
+            yield _selection(schedule.delay, schedule.passes, ins["in"], clock, beats["in"])
         return
     banks = {stream: _Bank(link, awake) for stream, link in ins.items()}
     for stream, bank in banks.items():
@@ -303,6 +306,17 @@ def _pipe(delay: int, ins: Sequence[Link], clock: Clock, count: int) -> Process:
         for link in ins:
             link.taken.add(clock.time)
         clock.give(delay)
+        clock.time += 1
+
+
+def _selection(delay: int, passes: tuple[int, range], given: Link, clock: Clock, count: int) -> Process:
+    """Every beat takes its cycle; some are given."""
+    size, chosen = passes
+    for index in range(count):
+        yield from clock.reach((yield from given.given.at(index)))
+        given.taken.add(clock.time)
+        if index % size in chosen:
+            clock.give(delay)
         clock.time += 1
 
 

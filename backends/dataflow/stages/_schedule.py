@@ -28,7 +28,8 @@ class Schedule:
 
     `delay`: cycles from a step to the beat that it gives. `lead`: cycles of a turn before its first step. `rests`: a
     turn begins only after the last one's bank was given back. `shared`: (units, columns) where so many units give
-    their beats together, the last of the columns fewer, and they leave one by one.
+    their beats together, the last of the columns fewer, and they leave one by one. `passes`: (count, range) where of
+    every so many beats only those in the range are given.
     """
 
     delay: int
@@ -36,6 +37,7 @@ class Schedule:
     lead: int = 0
     rests: bool = False
     shared: tuple[int, int] | None = None
+    passes: tuple[int, range] | None = None
 
 
 def in_turns(delay: int, *turns: Turn, lead: int = 0, rests: bool = False) -> Schedule:

@@ -5,6 +5,7 @@ import torch
 
 from mxloom.backends.dataflow.stages.pointwise import Binary, Convert
 from mxloom.backends.dataflow.stages.route import Axis, Fifo, Fork, Reorder
+from mxloom.backends.dataflow.stages.select import Select
 from mxloom.dialects.integer import Point
 
 from .stages import codes_of, compare, spread
@@ -30,6 +31,15 @@ def test_another_order_and_padding() -> None:
     expected[..., :5] = x.permute(0, 2, 4, 1, 3)
     stage = Reorder(24, 2 * 3 * 5 * 7, (Axis(3, 35), Axis(7, 1), Axis(2, 105), Axis(6, 7, 5)), 4)
     compare(stage, {"in": codes_of(x, 24)}, {"out": codes_of(expected, 24)})
+
+
+@pytest.mark.parametrize(("first", "kept"), [(0, 1), (0, 4), (2, 3), (4, 3), (6, 1)])
+@pytest.mark.parametrize("inner", [1, 5])
+def test_a_part_of_a_dimension(first: int, kept: int, inner: int) -> None:
+    x = spread((30, 7, inner), 24, 5)
+    stage = Select(24, 30, 7, inner, first, kept)
+    assert (stage.beats["in"], stage.beats["out"]) == (30 * 7 * inner, 30 * kept * inner)
+    compare(stage, {"in": codes_of(x, 24)}, {"out": codes_of(x[:, first : first + kept], 24)})
 
 
 @pytest.mark.parametrize("operation", ["add", "sub", "mul"])

@@ -18,6 +18,7 @@ from mxloom.backends.dataflow.stages.quantize import Quantize
 from mxloom.backends.dataflow.stages.quantize_mixed import QuantizeMixed
 from mxloom.backends.dataflow.stages.rope import Rope
 from mxloom.backends.dataflow.stages.route import Axis, Fifo, Fork, Reorder
+from mxloom.backends.dataflow.stages.select import Select
 from mxloom.backends.dataflow.stages.softmax import Softmax
 from mxloom.backends.dataflow.stages.table import Activation
 from mxloom.backends.dataflow.timing import predicted, size_queues
@@ -51,6 +52,8 @@ ALONE: dict[str, Stage] = {
     "reorder": Reorder(24, 12, (Axis(4, 1), Axis(3, 4)), 2),
     "reorder and fill": Reorder(24, 12, (Axis(4, 1), Axis(5, 4, 3)), 2),
     "queue": Fifo(24, 5, 40),
+    "selection": Select(24, 3, 4, 5, 1, 2),
+    "the last ones": Select(24, 3, 4, 5, 3, 1),
     "linear": Contraction(UNIT, 4, 7, 64, P),
     "linear, 2 units": Contraction(UNIT, 4, 7, 64, P, 2),
     "linear, 5 units": Contraction(UNIT, 4, 7, 64, P, 5),
@@ -73,6 +76,12 @@ CHAINS: dict[str, list[Stage]] = {
         Binary("add", P, P, P, 48),
         Activation(SILU, 48),
         Softmax(P, P, 3, 16, 8),
+    ],
+    "a selection before a slow stage": [
+        Convert(P, P, 96, 3),
+        Select(24, 3, 2, 16, 1, 1),
+        Normalize(P, P, 3, 16, 1e-5, None),
+        Select(24, 3, 4, 4, 0, 3),
     ],
     "units that wait to send": [
         Contraction(UNIT, 4, 16, 64, P, 16),
