@@ -25,7 +25,7 @@ from ..dialects.operations._shapes import element_of, shape_of
 from ..dialects.operations._values import hint_of, path_of
 from ..dialects.operations.attention import AttentionOp, RopeOp
 from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import Contraction, EmbeddingOp, LinearOp, MatmulOp
+from ..dialects.operations.contraction import Contraction, ConvOp, EmbeddingOp, LinearOp, MatmulOp
 from ..dialects.operations.movement import ConcatOp, Movement
 from ..dialects.operations.normalization import LayerNormOp, RMSNormOp, SoftmaxOp
 from ..dialects.operations.parameter import ParameterOp
@@ -46,6 +46,7 @@ from ..dialects.operations.size import SizeOp
 from ..dialects.windows import WIDEST as WIDEST_WINDOW
 from ..dialects.windows import WindowAttr, needed_bits, scale_digits, why_no_window_operand
 from ._context import calibration_of, weights_of
+from ._convolutions import unfold_convolutions, why_no_patches
 from ._curves import name_curves
 from ._ranges import Ranges, fixed_for, observed
 from ._sites import module_name, root, rounding_properties, set_probabilities
@@ -116,6 +117,7 @@ class _Legalization:
         block = body(self.module)
         function = cast(FuncOp, block.parent_op())
         name_curves(block, self.ranges)
+        unfold_convolutions(chip_operations(block, self.options.part), self.ranges, self.weights)
         chip = chip_operations(block, self.options.part)
         if not chip:
             raise UsageError(f"{self.options.name}: no operation computes on values of {self.options.part or 'inputs'}")
@@ -167,6 +169,8 @@ class _Legalization:
                 self._cast_operand(op, op.sin, _ANGLES)
                 self._fixed_operands(op)
                 self._fixed_result(op)
+            case ConvOp():
+                raise _UnfitError(why_no_patches(op) or op.name)
             case Movement() if not isinstance(op, ConcatOp):
                 self._movement(op)
             case _ if isinstance(op, _INTEGER):

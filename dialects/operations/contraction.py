@@ -300,7 +300,7 @@ class ConvOp(Contraction):
 
     def result_shape(self) -> Shape:
         given, weight = shape_of(self.input), shape_of(self.weight)
-        sizes = zip(given[2:], weight[2:], *map(self._per_dimension, ("stride", "padding", "dilation")), strict=True)
+        sizes = zip(given[2:], weight[2:], *map(self.per_dimension, ("stride", "padding", "dilation")), strict=True)
         return (given[0], weight[0], *(window_positions(*size) for size in sizes))
 
     def macs(self, shapes: ShapeOf = shape_of) -> int:
@@ -316,7 +316,8 @@ class ConvOp(Contraction):
     def _groups(self) -> int:
         return self.groups.value.data if self.groups is not None else 1
 
-    def _per_dimension(self, name: str) -> list[int]:
+    def per_dimension(self, name: str) -> list[int]:
+        """The numbers of stride, padding or dilation, one for each spatial dimension."""
         spatial = len(shape_of(self.weight)) - 2
         given = self.properties.get(name)
         if given is None:
