@@ -282,8 +282,9 @@ def _stage(
         return
     banks = {stream: _Bank(link, awake) for stream, link in ins.items()}
     for stream, bank in banks.items():
-        yield bank.write([turn.takes[stream] for turn in schedule.turns if stream in turn.takes
-                          for _ in range(turn.repeat)], beats[stream])  # fmt: skip
+        sizes = [turn.takes[stream] for turn in schedule.turns if stream in turn.takes
+                 for _ in range(turn.repeat * turn.banks)]  # fmt: skip
+        yield bank.write(sizes, beats[stream], schedule.kept)
     if schedule.shared is None:
         yield _turns(schedule, banks, clock, count)
         return
@@ -321,19 +322,19 @@ def _selection(delay: int, passes: tuple[int, range], given: Link, clock: Clock,
 
 
 class _Bank:
-    """Two banks of a stream: one is written while the other is read (`stages._stream.Banks`)."""
+    """Banks of a stream: one is written while others are read (`stages._stream.Banks`, and lines of a ring)."""
 
     def __init__(self, given: Link, awake: deque[Process]) -> None:
         self.given = given
         self.full, self.free = Times(given.given.name, awake), Times(given.given.name, awake)
 
-    def write(self, sizes: Sequence[int], count: int) -> Process:
+    def write(self, sizes: Sequence[int], count: int, kept: int) -> Process:
         time = index = row = 0
         for size in cycle(sizes):
             if index >= count:
                 return
-            if row >= 2:
-                time = max(time, (yield from self.free.at(row - 2)))
+            if row >= kept:
+                time = max(time, (yield from self.free.at(row - kept)))
             for place in range(index, index + size):
                 time = max(time, (yield from self.given.given.at(place)))
                 self.given.taken.add(time)
@@ -349,7 +350,7 @@ def _turns(schedule: Schedule, banks: dict[str, _Bank], clock: Clock, count: int
     for turn in _repeated(schedule.turns):
         if given >= count:
             break
-        for stream in turn.takes:
+        for stream in [*turn.takes] * turn.banks:
             yield from clock.reach((yield from banks[stream].full.at(taken[stream])))
             taken[stream] += 1
         yield from clock.reach(clock.time)
@@ -361,8 +362,8 @@ def _turns(schedule: Schedule, banks: dict[str, _Bank], clock: Clock, count: int
             given += 1
         yield from clock.step(turn.steps % turn.every)
         yield from clock.reach(clock.time)
-        for stream in turn.frees:
-            banks[stream].free.add(clock.time + 1)
+        for stream in turn.frees * turn.returned:
+            banks[stream].free.add(clock.time + schedule.held)
         clock.time += schedule.rests
 
 
