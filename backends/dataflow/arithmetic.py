@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...dialects.integer import Point
+from ...dialects.integer import Point, bits_above
 from .rtl import Signal, join
 
 
@@ -113,3 +113,12 @@ def product_unsigned(a: Signal, b: Signal) -> Signal:
     """The exact product of unsigned numbers."""
     width = a.width + b.width
     return a.unsigned(width) * b.unsigned(width)
+
+
+def reciprocal(divisor: int, width: int) -> tuple[int, int]:
+    """(m, n): x // divisor = x m / 2^n, rounded down, for every unsigned x of so many bits.
+
+    T. Granlund, P. Montgomery, Division by invariant integers using multiplication, 1994, theorem 4.2.
+    """
+    places = width + bits_above(divisor)
+    return (1 << places) // divisor + 1, places

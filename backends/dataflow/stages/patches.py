@@ -113,9 +113,13 @@ class Patches(Stage):
         ]
         return Schedule(3, tuple(turns), kept=self.kept, held=_HELD)
 
-    @cached_property
+    @property
     def cycles(self) -> int:
-        """A row of windows begins once its lines are there; a line comes once there is room in the ring."""
+        return ceil(self.runs * self.period)
+
+    @cached_property
+    def period(self) -> float:
+        """Cycles of a picture: a row of windows begins once its lines are there, a line comes once it has room."""
         full, free = list[int](), list[int]()
         time, base, ends = 0, 0, list[int]()
         for _ in range(2 * _REPEATS):
@@ -127,7 +131,7 @@ class Patches(Stage):
                 free += [time + _HELD] * amount
             base += self.lines.size
             ends.append(time)
-        return ceil(self.runs * (ends[-1] - ends[_REPEATS - 1]) / _REPEATS)
+        return (ends[-1] - ends[_REPEATS - 1]) / _REPEATS
 
     def module(self, name: str) -> Module:
         return _Builder(self, self.start(name)).build()
