@@ -23,6 +23,7 @@ from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
 from ..stages.rope import Rope
 from ..stages.route import Axis, Fifo, Fork, Reorder
+from ..stages.select import Select
 from ..stages.softmax import Softmax
 from ..stages.table import Activation
 from ..window import Window
@@ -150,6 +151,11 @@ def _reorder(given: dict[str, str]) -> Reorder:
     return Reorder(int(given["width"]), prod(sizes), tuple(axes))
 
 
+def _select(given: dict[str, str]) -> Select:
+    size, inner, first, kept = (int(given[name]) for name in ("size", "inner", "first", "kept"))
+    return Select(int(given["width"]), 1, size, inner, first, kept)
+
+
 _KINDS = {
     "dot": _dot,
     "contraction": _contraction,
@@ -164,6 +170,7 @@ _KINDS = {
     "fork": lambda given: Fork(int(given["width"]), int(given["ways"]), 64),
     "fifo": lambda given: Fifo(int(given["width"]), int(given["depth"]), 64),
     "reorder": _reorder,
+    "select": _select,
 }
 
 

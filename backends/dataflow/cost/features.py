@@ -25,6 +25,7 @@ from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
 from ..stages.rope import Rope
 from ..stages.route import Fifo, Fork, Reorder
+from ..stages.select import Select
 from ..stages.softmax import Softmax
 from ..stages.table import Activation
 
@@ -456,5 +457,14 @@ def _(design: Reorder) -> Features:
     return {
         "register": design.width,
         "control": sum(map(address_bits, axes)) + (len(axes) + 4) * address_bits(design.count),
+        "constant": 1.0,
+    }
+
+
+@features.register
+def _(design: Select) -> Features:
+    return {
+        "register": design.width + 1,
+        "control": address_bits(design.size) + address_bits(design.inner),
         "constant": 1.0,
     }

