@@ -1,3 +1,3 @@
 """How operations become stages: every file adds the kinds that it knows."""
 
-from . import attention, contraction, pointwise, rows, shapes  # noqa: F401
+from . import attention, contraction, convolution, pointwise, rows, shapes  # noqa: F401

@@ -73,8 +73,10 @@ def test_a_product_with_the_reciprocal_divides(divisor: int) -> None:
 def test_padding_never_wins(lines: Sliding, columns: Sliding) -> None:
     """All numbers are negative, the lowest among them: torch's padding is minus infinity."""
     x = -spread((2, 3, lines.size, columns.size), 24, 3).abs().clamp(max=(1 << 23) - 1) - 1
-    sizes = [(getattr(lines, n), getattr(columns, n)) for n in ("kernel", "stride", "padding", "dilation")]
-    expected = torch.nn.functional.max_pool2d(x.double(), *sizes).to(torch.int64)
+    kernel, stride, padding, dilation = (
+        (getattr(lines, name), getattr(columns, name)) for name in ("kernel", "stride", "padding", "dilation")
+    )
+    expected = torch.nn.functional.max_pool2d(x.double(), kernel, stride, padding, dilation).to(torch.int64)
     windows = Patches(24, 3, lines, columns, 1, by_channel=True, fill=-(1 << 23))
     count = lines.kernel * columns.kernel
     graph = chain([windows, Pool("max", P, P, windows.beats["out"] // count, count)])
