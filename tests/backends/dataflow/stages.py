@@ -10,7 +10,7 @@ from mxloom.backends.dataflow.codes import OperandCode
 from mxloom.backends.dataflow.rtl import circuit_text
 from mxloom.backends.dataflow.simulation.arc import ArcSimulator
 from mxloom.backends.dataflow.simulation.traffic import NO_STALLS, READY_LOW, Phase, Run, Stalls, words
-from mxloom.backends.dataflow.simulation.verilator import is_available
+from mxloom.backends.dataflow.simulation.verilator import VerilatorSimulator, is_available
 from mxloom.backends.dataflow.stages._stream import Stage
 from mxloom.dialects.formats import Encoded
 
@@ -52,7 +52,7 @@ def compare(
     expected: dict[str, np.ndarray],
     load: np.ndarray | None = None,
     stalls: dict[str, Stalls] | None = None,
-    device: ArcSimulator | None = None,
+    device: ArcSimulator | VerilatorSimulator | None = None,
 ) -> Run:
     """Run the stage under every way of stalling: every beat must be the expected one. Returns the first run."""
     device = device or simulator(stage)

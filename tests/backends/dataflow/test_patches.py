@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from mxloom.backends.dataflow.rtl import circuit_text
 from mxloom.backends.dataflow.simulation.traffic import NO_STALLS, Stalls
+from mxloom.backends.dataflow.simulation.verilator import VerilatorSimulator
 from mxloom.backends.dataflow.stages.normalize import Normalize
 from mxloom.backends.dataflow.stages.patches import Patches, Sliding
 from mxloom.backends.dataflow.timing import predicted
 from mxloom.dialects.integer import Point
 
-from .stages import codes_of, compare, spread
+from .stages import codes_of, compare, needs_verilator, spread
 from .test_timing import chain, simulated
 
 P = Point(24, 12)
@@ -95,3 +97,13 @@ def test_a_ring_holds_what_a_window_sees_and_what_comes_meanwhile(lines: Sliding
     stage = Patches(24, 4, lines, Sliding(20, lines.kernel, lines.stride, lines.padding))
     assert stage.kept == kept
     assert stage.cycles == stage.beats["out"]
+
+
+@needs_verilator
+def test_the_text_that_is_emitted_gives_the_same() -> None:
+    channels, lines, columns = WINDOWS["2 x 5, strides"]
+    x = pictures(channels, lines, columns)
+    stage = Patches(24, channels, lines, columns)
+    device = VerilatorSimulator(circuit_text(stage.module("dut")), stage.inputs, stage.outputs)
+    rows = unfolded(x, lines, columns).transpose(2, 3)
+    compare(stage, given(x), {"out": codes_of(rows, 24)}, stalls=STALLS, device=device)
