@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from math import frexp
+from math import frexp, ldexp
 from typing import TYPE_CHECKING, cast
 
 from xdsl.context import Context
@@ -62,6 +62,8 @@ _INTEGER = (RMSNormOp, LayerNormOp, SoftmaxOp, ExpOp, Curve, MeanOp, WindowPoolO
 """Computed by functions of `dialects.integer`."""
 
 _WEIGHT_BITS, _BIAS_BITS, _ANGLES = 16, 24, FixedType(16, 14)  # pyright: ignore[reportArgumentType]
+_NUMBER_DIGITS = 24
+"""Binary digits that are kept of a number which is added to all values, or which they are multiplied by."""
 _SENSITIVITY_BITS = 12
 """So many that f64 holds the impact of a block (`stages._impact`)."""
 
@@ -196,6 +198,8 @@ class _Legalization:
             masks = [value for value in op.operands if value in self.ranges.masks]
             if masks:
                 raise _UnfitError("a mask of the lowest numbers is added to it: let mx.attention carry the mask")
+            if isinstance(op.scalar, FloatAttr):
+                op.properties["scalar"] = FloatAttr(_with_digits(op.scalar.value.data, _NUMBER_DIGITS), op.scalar.type)
         self._fixed_operands(op)
         self._fixed_result(op)
 
@@ -397,6 +401,12 @@ def _is_wide_float(value: SSAValue) -> bool:
     if not isinstance(value.type, TensorType):
         return False
     return str(value.type.element_type) in ("f32", "bf16", "f16", "f64")
+
+
+def _with_digits(number: float, digits: int) -> float:
+    """A number rounded to so many binary digits."""
+    mantissa, exponent = frexp(number)
+    return ldexp(round(ldexp(mantissa, digits)), exponent - digits)
 
 
 def _fixed(value: SSAValue) -> FixedType:

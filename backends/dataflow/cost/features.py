@@ -424,7 +424,7 @@ def _(design: Convert) -> Features:
     grown = design.factor.bit_length() + 1 if design.factor != 1 else 0
     wide, places = design.given.width + grown, design.given.fraction + design.factor_fraction - design.result.fraction
     return {
-        "adder": rounded_bits(wide, places),
+        "adder": rounded_bits(wide, places) + (wide if design.added else 0),
         "register": (wide if grown else 0) + design.result.width + 1,
         "window": design.result.width if wide - places > design.result.width else 0,
         "constant": 1.0,

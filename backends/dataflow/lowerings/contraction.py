@@ -27,7 +27,7 @@ from ..stages.contraction import Contraction
 from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
 from ..window import Window
-from .rows import fixed_codes
+from .parameters import fixed_codes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,19 +12,27 @@ from ..graph import Place
 from ..lowering import Design, attribute_number, lowers, moved, point_of, refusal, site_of
 from ..stages.pointwise import Binary, Convert
 from ..stages.table import Activation
+from .parameters import check_exact, with_parameter
 
 _CURVES = {"mx.silu": "silu", "mx.tanh": "tanh", "mx.sigmoid": "sigmoid"}
 
 
-@lowers("mx.add", "mx.sub", "mx.mul")
+@lowers("mx.add", "mx.sub", "mx.mul", "mx.div")
 def _binary(design: Design, op: Any) -> None:
     if op.other is None:
         _scalar(design, op)
         return
+    for value, stream in ((op.other, op.input), (op.input, op.other)):
+        if design.constant(value) is not None:
+            with_parameter(design, op, stream, value)
+            return
     kind = op.name.removeprefix("mx.")
+    if kind == "div":
+        raise refusal(op, "streams are divided by no hardware")
     if shape_of(op.input) != shape_of(op.other):
         raise refusal(op, f"operands of shapes {shape_of(op.input)} and {shape_of(op.other)}: hardware needs one shape")
     a, b = design.flow(op.input, op), design.flow(op.other, op)
+    check_exact(op, a.point, b.point)
     point, count = point_of(op.results[0], op), a.count
     node = design.graph.add(kind, Binary(kind, a.point, b.point, point, count), site_of(op))
     # Streams that come in one order need none of their own.
@@ -40,15 +48,25 @@ def _binary(design: Design, op: Any) -> None:
 
 def _scalar(design: Design, op: Any) -> None:
     """A number applied to every number of a stream: only where it is one of a few binary digits."""
-    if op.name != "mx.mul":
-        raise refusal(op, "a constant is added by no hardware yet: only multiplied")
     number = Fraction(float(attribute_number(op.scalar)))
+    if op.name == "mx.div":
+        number = 1 / number
     fraction = number.denominator.bit_length() - 1
     if number.denominator != 1 << fraction or abs(number.numerator).bit_length() > 32:
-        raise refusal(op, f"the factor {float(number)} needs more than 32 binary digits")
-    if number <= 0:
-        raise refusal(op, f"hardware multiplies by factors above 0, got {float(number)}")
-    _converted(design, op, factor=number.numerator, factor_fraction=fraction)
+        raise refusal(op, f"the number {float(number)} needs more than 32 binary digits")
+    if op.name in ("mx.add", "mx.sub"):
+        check_exact(op, design.flow(op.input, op).point, Point(number.numerator.bit_length() + 1, fraction))
+        sign = -1 if op.name == "mx.sub" else 1
+        _converted(design, op, added=sign * number.numerator, added_fraction=fraction)
+    elif number:
+        _converted(design, op, factor=number.numerator, factor_fraction=fraction)
+    else:
+        raise refusal(op, "the factor 0 leaves nothing of a stream")
+
+
+@lowers("mx.neg")
+def _negated(design: Design, op: Any) -> None:
+    _converted(design, op, factor=-1)
 
 
 @lowers("mx.relu")

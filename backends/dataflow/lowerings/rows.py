@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ....dialects.integer_meanings import codes_on
 from ....dialects.operations._shapes import shape_of
 from ..flow import in_order
 from ..graph import Place
@@ -17,6 +16,7 @@ from ..stages._stream import Stage
 from ..stages.normalize import Normalize
 from ..stages.rope import Rope
 from ..stages.softmax import Softmax
+from .parameters import fixed_codes
 from .pointwise import table_bits
 
 
@@ -84,13 +84,3 @@ def _words(design: Design, op: Any, values: list[Any]) -> np.ndarray:
         total = own if not lifted else total | own
         lifted += point_of(value).width
     return packed(total[:, None], lifted)
-
-
-def fixed_codes(design: Design, op: Any, value: Any) -> np.ndarray:
-    """The codes of a parameter of fixed-point format, in row-major order."""
-    found = design.constant(value)
-    if found is None:
-        raise refusal(op, f"its operand {value.name_hint} is computed in the model: hardware keeps a parameter here")
-    if not bool(found.isfinite().all()):
-        raise refusal(op, f"its parameter {value.name_hint} holds NaN or infinity, which hardware does not")
-    return codes_on(found, point_of(value, op).fraction).reshape(-1).numpy()

@@ -60,6 +60,28 @@ def test_two_streams(operation: str, other: Point) -> None:
     compare(Binary(operation, P, other, result, 1), given, {"out": codes_of(numbers, 24)})
 
 
+@pytest.mark.parametrize("operation", ["add", "sub", "mul"])
+@pytest.mark.parametrize("kept", [1, 7, 100])
+def test_a_stream_and_numbers_that_are_kept(operation: str, kept: int) -> None:
+    x, held = spread((1400,), 24, 5), spread((kept,), 16, 6)
+    exact = {"add": x * 8 + held.repeat(1400 // kept), "sub": x * 8 - held.repeat(1400 // kept)}
+    found = exact.get(operation, x * held.repeat(1400 // kept))
+    places = 27 - 14 if operation == "mul" else 15 - 14
+    numbers = torch.tensor([rounded(each, places, 24, "rne") for each in found.tolist()])
+    stage = Binary(operation, P, Point(16, 15), Point(24, 14), 1400, kept)
+    compare(stage, {"a": codes_of(x, 24)}, {"out": codes_of(numbers, 24)}, load=codes_of(held, 16))
+
+
+@pytest.mark.parametrize(("added", "fraction"), [(1, 0), (-3, 1), (0x9E3779, 20)])
+@pytest.mark.parametrize("factor", [1, -1, -5])
+def test_a_negative_factor_and_a_number_added(added: int, fraction: int, factor: int) -> None:
+    x = spread((2000,), 24, 9).tolist()
+    stage = Convert(P, Point(24, 11), 1, factor, added=added, added_fraction=fraction)
+    exact = [(n * factor << 8) + (added << (20 - fraction)) for n in x]
+    expected = [rounded(each, 20 - 11, 24, "rne") for each in exact]
+    compare(stage, {"in": codes_of(torch.tensor(x), 24)}, {"out": codes_of(torch.tensor(expected), 24)})
+
+
 FIELD = [-20, -13, -12, -11, -4, 4, 11, 12, 13, 20]
 SHIFTED = {
     "rne": [-2, -2, -2, -1, 0, 0, 1, 2, 2, 2],

@@ -39,6 +39,7 @@ ALONE: dict[str, Stage] = {
     "scaled": Convert(P, P, 20, 3),
     "activation": Activation(SILU, 20),
     "add": Binary("add", P, P, P, 20),
+    "add what is kept": Binary("add", P, P, P, 20, 5),
     "quantize": Quantize(P, INT8, 32, 5, 64),
     "quantize, ragged": Quantize(P, INT8, 32, 5, 70),
     "quantize, 8 lanes": Quantize(P, INT8, 8, 5, 70),
