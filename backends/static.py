@@ -41,8 +41,9 @@ def static(
     """(the module for inputs of these sizes, its weights, what was assumed).
 
     Values that depend on sizes and parameters alone (positions, angles) are computed once and become parameters. A
-    padding mask that comes from outside is left out: the inputs are whole sequences. Inputs that nothing reads any
-    more go. Raises MxloomError where the sizes do not fit the module.
+    padding mask that comes from outside is left out: the inputs are whole sequences; so is one that is known to hide
+    nothing. Inputs that nothing reads any more go. Raises MxloomError where the sizes do not fit the module, and for a
+    padding mask that is known to hide something.
     """
     return _Static(module, weights.copy(), sizes).build()
 
@@ -139,6 +140,11 @@ class _Static:
         if value is None:
             return []
         if isinstance(op, AttentionOp) and name == "padding":
+            if value in self.known:
+                if not bool(self.known[value].all()):
+                    raise MxloomError(f"{path_of(op.results[0])}: its padding mask leaves positions out, and a design "
+                                      "for sequences of one size has none")  # fmt: skip
+                return []
             self.assumed.append(f"{path_of(op.results[0])}: the padding mask is left out; inputs are whole sequences")
             return []
         return [self._value(each) for each in value] if is_variadic(definition) else self._value(value)
