@@ -1,4 +1,4 @@
-"""The dot-product unit: lanes of multipliers, exact sums of segments, and a saturating window behind them."""
+"""The dot-product unit: lanes of multipliers, exact sums of segments, and an accumulator behind them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...dialects.integer import Point
-from .arithmetic import adder_tree, magnitude_bits, product, saturated, shifted
+from .arithmetic import adder_tree, product
 from .codes import OperandCode, ScaleCode
 from .multiplier import decoded_operand, multiplied
 from .rtl import Module, Port, Signal, any_of, join
 from .window import Window
+
+Accumulator = Window
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,15 @@ class DotProduct:
     """What a unit is built from.
 
     A beat brings `lanes` elements of both operands and what stands beside their blocks. A segment is `segment` elements
-    under one pair of scales, a multiple of the lanes; its exact sum is shifted into the window, rounded to even there,
-    and added; everything saturates. `bias` is the format of the number that a sum starts with.
+    under one pair of scales, a multiple of the lanes; its exact sum goes to the accumulator. `bias` is the format of
+    the number that is added to a sum.
     """
 
     a: OperandCode
     b: OperandCode
     lanes: int
     segment: int
-    window: Window
+    accumulator: Accumulator
     bias: Point | None = None
 
     @property
@@ -50,7 +52,8 @@ class DotProduct:
     @property
     def latency(self) -> int:
         """Cycles from the last beat of a sum to its result."""
-        return 4 + (self.segment > self.lanes) + self.has_significands
+        summed = 2 + (self.segment > self.lanes) + self.has_significands
+        return summed + self.accumulator.latency(self.bias is not None)
 
     def module(self, name: str, *, tells_nan: bool = False) -> Module:
         """A module that works in the cycles in which `enable` is 1.
@@ -63,11 +66,11 @@ class DotProduct:
         inputs += [Port("a", self.lanes * self.a.code_bits), Port("b", self.lanes * self.b.code_bits)]
         inputs += [Port(f"{n}_side", c.side_bits) for n, c in (("a", self.a), ("b", self.b)) if c.side_bits]
         inputs += [Port("bias", self.bias.width)] if self.bias else []
-        outputs = [Port("done", 1), Port("total", self.window.width)] + [Port("nan", 1)] * tells_nan
-        return _Builder(self, Module(name, inputs, outputs), tells_nan).build()
+        outputs = [Port("done", 1), Port("total", self.accumulator.total_bits)] + [Port("nan", 1)] * tells_nan
+        return Pipeline(self, Module(name, inputs, outputs), tells_nan).build()
 
 
-class _Builder:
+class Pipeline:
     """The stages of the pipeline, in order; flags travel beside the numbers."""
 
     def __init__(self, unit: DotProduct, module: Module, tells_nan: bool) -> None:
@@ -93,8 +96,7 @@ class _Builder:
         if self.unit.has_significands:
             total = self.step(self.with_significands(total))
             self.advance()
-        term = self.aligned(total)
-        return self.accumulated(term)
+        return self.unit.accumulator.build(self, total)
 
     def products(self) -> list[Signal]:
         """Stage 1: every lane's product."""
@@ -198,61 +200,3 @@ class _Builder:
         """Stage 4, where scales are floats: the sum times their significands."""
         factor = self.beside.pop("factor")
         return product(total, join(self.module.constant(0, 1), factor))
-
-    def aligned(self, total: Signal) -> Signal:
-        """Stage 5: the sum in multiples of the window's lowest bit, rounded to even and saturated."""
-        term = self._moved(total)
-        term = self.step(term)
-        self.beside.pop("exponent", None)
-        self.advance()
-        return term
-
-    def _moved(self, total: Signal) -> Signal:
-        unit, window = self.unit, self.unit.window
-        least = unit.unit + sum(scale.unit for scale in unit.scales) - window.lsb
-        if "exponent" not in self.beside:
-            return saturated(shifted(total, -least), window.width)
-        most = least + sum(scale.largest_exponent for scale in unit.scales)
-        low, high = max(least, -total.width), min(most, window.width)
-        low, high = min(low, 0), max(high, 0)
-        field = self.beside["exponent"]
-        # The shift as a signed number, held between `low` and `high`: beyond, the result is 0 or saturates anyway.
-        width = max(field.width, abs(least).bit_length(), abs(most).bit_length()) + 2
-        places = field.unsigned(width) + least
-        under, over = places.less_signed(low), places.more_signed(high)
-        places = under.then(low, over.then(high, places))
-        amount = (places - low).low(max(1, (high - low).bit_length()))
-        right = -low
-        room = max(window.width, total.width) + 1 + right
-        moved = total.signed(room).shifted_left(amount)
-        term = saturated(shifted(moved, right), window.width)
-        if high + total.width <= room - right:
-            return term
-        bits = magnitude_bits(total)
-        size = max(bits.width, places.width) + 1
-        beyond = (bits.unsigned(size) + places.signed(size)).more_signed(window.width - 1) & total.any()
-        extreme = join(total.sign, (~total.sign).repeated(window.width - 1))
-        return beyond.then(extreme, term)
-
-    def accumulated(self, term: Signal) -> Module:
-        """Stage 6: the window."""
-        unit, module, width = self.unit, self.module, self.unit.window.width
-        moving = self.enable & self.valid
-        held = module.register(width, "total")
-        start: Signal = held.q
-        if unit.bias:
-            fresh = module.register(1, "first", initial=1)
-            fresh.set(self.last, moving)
-            bias = saturated(shifted(self.beside["bias"], unit.bias.fraction + unit.window.lsb), width)
-            start = fresh.q.then(bias, held.q)
-        total = saturated(start.signed(width + 1) + term.signed(width + 1), width)
-        held.set(self.last.then(0, total), moving)
-        ends = moving & self.last
-        told: dict[str, Signal] = {}
-        if self.tells_nan:
-            seen = module.register(1, "total_nan")
-            nan = seen.q | self.beside.get("nan", module.constant(0, 1))
-            seen.set(nan & ~self.last, moving)
-            told["nan"] = module.delayed(nan, ends)
-        done = module.delayed(self.valid & self.last, self.enable, "done", initial=0)
-        return module.finish(done=done, total=module.delayed(total, ends), **told)

@@ -177,7 +177,7 @@ def _largest_shift(code: OperandCode) -> int:
 
 @features.register
 def _(design: DotProduct) -> Features:
-    lanes, window, total = design.lanes, design.window.width, design.sum_bits
+    lanes, window, total = design.lanes, design.accumulator.width, design.sum_bits
     a, b = design.a, design.b
     wide = product_bits(a, b)
     shifter = negation = 0.0
@@ -220,10 +220,10 @@ def _aligner(unit: DotProduct, width: int, exponent: int) -> float:
     """Bits times levels of the shift into the window, what falls below the window's lowest bit included."""
     if not exponent:
         return 0.0
-    least = unit.unit + sum(scale.unit for scale in unit.scales) - unit.window.lsb
+    least = unit.unit + sum(scale.unit for scale in unit.scales) - unit.accumulator.lsb
     most = least + sum(scale.largest_exponent for scale in unit.scales)
-    low, high = min(0, max(least, -width)), max(0, min(most, unit.window.width))
-    return float(shifter_cells(width, high - low, max(unit.window.width, width) + 1 - low))
+    low, high = min(0, max(least, -width)), max(0, min(most, unit.accumulator.width))
+    return float(shifter_cells(width, high - low, max(unit.accumulator.width, width) + 1 - low))
 
 
 def shifter_cells(width: int, largest: int, room: int) -> int:
@@ -252,7 +252,7 @@ def _(design: Contraction) -> Features:
         words += [design.columns * design.steps, design.rows, design.groups * design.steps]
     serial = design.copies * design.result.width if design.copies > 1 else 0
     return {
-        "adder": design.copies * (design.unit.window.width + design.result.width),
+        "adder": design.copies * (design.unit.accumulator.width + design.result.width),
         "register": serial + design.result.width,
         "control": sum(address_bits(depth) for depth in words if depth > 1),
         "constant": 1.0,

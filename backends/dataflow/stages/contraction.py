@@ -8,7 +8,6 @@ from math import ceil
 
 from ....dialects.errors import MxloomError
 from ....dialects.integer import Point
-from ..arithmetic import requantized
 from ..dot_product import DotProduct
 from ..rtl import Module, Signal, Wire, address_bits, join
 from ._schedule import Schedule, Turn, bank
@@ -154,7 +153,7 @@ class _Builder:
         results = [
             module.instance(self.unit, f"unit{index}", {**common, **operand}) for index, operand in enumerate(operands)
         ]
-        totals = [requantized(result["total"], -stage.unit.window.lsb, stage.result) for result in results]
+        totals = [stage.unit.accumulator.result(result["total"], stage.result) for result in results]
         done = results[0]["done"]
         if stage.copies == 1:
             moves.set(pipe.enable)

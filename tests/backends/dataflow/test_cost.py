@@ -107,7 +107,7 @@ def test_no_held_out_design_is_fitted() -> None:
     pairs = [{(one.a.name, one.b.name) for one in part} for part in units]
     assert not pairs[0] & pairs[1]
     assert not {one.lanes for one in units[0]} & {one.lanes for one in units[1]}
-    assert not {one.window.width for one in units[0]} & {one.window.width for one in units[1]}
+    assert not {one.accumulator.width for one in units[0]} & {one.accumulator.width for one in units[1]}
 
 
 def test_cells_by_hand() -> None:
