@@ -113,11 +113,16 @@ class Blocks(Banks):
         seen = largest.q
         now = seen.less(magnitude).then(magnitude, seen)
         largest.set(self.last_place.then(0, now), self.writing)
+        self._now = now
         self._normal, zeros = leading_zeros(now)
         width = address_bits(magnitude.width + 1)
         self._highest = module.constant(magnitude.width - 1, width) - zeros.unsigned(width).low(width)
         self._zero = now.equals(0)
         self.empty = self.kept(self._zero)
+
+    def largest(self) -> Signal:
+        """The largest magnitude, unsigned."""
+        return self.kept(self._now)
 
     def highest(self) -> Signal:
         """Where the highest bit of the largest magnitude stands; 0 for a block of zeros."""

@@ -16,6 +16,7 @@ from mxloom.backends.dataflow.stages.normalize import Normalize
 from mxloom.backends.dataflow.stages.pointwise import Binary, Convert
 from mxloom.backends.dataflow.stages.quantize import Quantize
 from mxloom.backends.dataflow.stages.quantize_mixed import QuantizeMixed
+from mxloom.backends.dataflow.stages.quantize_scaled import QuantizeScaled
 from mxloom.backends.dataflow.stages.rope import Rope
 from mxloom.backends.dataflow.stages.route import Axis, Fifo, Fork, Reorder
 from mxloom.backends.dataflow.stages.select import Select
@@ -30,6 +31,7 @@ from mxloom.dialects.integer import Point, Table
 P = Point(24, 12)
 INT8 = operand_code(format_of("mxint8", rank=2), 64)
 MIXED = operand_code(format_of("mixed<!mx.block<32xf4E2M1FN>, !mx.block<32xf8E4M3FN>>", rank=2), 64)
+NVFP4 = operand_code(format_of("!mx.block<16xf4E2M1FN, f8E4M3FN>", rank=2), 70)
 UNIT = DotProduct(INT8, INT8, 32, 32, Window(36, -20))
 SILU = Table("silu", P, P, 8)
 RUNS = 3
@@ -45,6 +47,7 @@ ALONE: dict[str, Stage] = {
     "quantize, 8 lanes": Quantize(P, INT8, 8, 5, 70),
     "quantize, mixed": QuantizeMixed(P, MIXED, 32, 5, 64, 1.0),
     "quantize, mixed and ragged": QuantizeMixed(P, MIXED, 32, 5, 70, 1.0),
+    "quantize, scaled": QuantizeScaled(P, NVFP4, 16, 5, 70),
     "RMSNorm": Normalize(P, P, 5, 16, 1e-5, None),
     "RMSNorm with weight": Normalize(P, P, 5, 16, 1e-5, Point(16, 12)),
     "LayerNorm": Normalize(P, P, 5, 16, 1e-5, Point(16, 12), Point(16, 12), centred=True),
