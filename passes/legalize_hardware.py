@@ -50,6 +50,7 @@ from ._convolutions import unfold_convolutions, why_no_patches
 from ._curves import name_curves
 from ._ranges import Ranges, fixed_for, observed
 from ._sites import module_name, root, rounding_properties, set_probabilities
+from ._tensor_factors import fold_tensor_factors
 from .extract import belongs
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class _Legalization:
         function = cast(FuncOp, block.parent_op())
         name_curves(block, self.ranges)
         unfold_convolutions(chip_operations(block, self.options.part), self.ranges, self.weights)
+        fold_tensor_factors(chip_operations(block, self.options.part), self.ranges, self.weights)
         chip = chip_operations(block, self.options.part)
         if not chip:
             raise UsageError(f"{self.options.name}: no operation computes on values of {self.options.part or 'inputs'}")

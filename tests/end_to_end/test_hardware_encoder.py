@@ -56,7 +56,7 @@ def made(kind: str, weights: str, folder: Path | None = None) -> tuple[nn.Module
     model = build()
     recipe = {
         "version": 1,
-        "quantize": [{"weights": weights, "activations": "mxint8"}],
+        "quantize": [{"weights": weights, "activations": "nvfp4" if weights == "nvfp4" else "mxint8"}],
         "passes": [f"legalize-hardware{options}"],
     }
     if folder is not None:
@@ -83,7 +83,13 @@ def test_a_bert_layer_equals_the_reference() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "weights"), [("bert", "mxfp4"), *((k, w) for k in ("vit", "gpt2") for w in ("mxint8", "mxfp4"))]
+    ("kind", "weights"),
+    [
+        ("bert", "mxfp4"),
+        ("bert", "nvfp4"),
+        ("gpt2", "nvfp4"),
+        *((k, w) for k in ("vit", "gpt2") for w in ("mxint8", "mxfp4")),
+    ],
 )
 def test_a_layer_equals_the_reference(kind: str, weights: str) -> None:
     check(kind, made(kind, weights)[1])

@@ -26,6 +26,7 @@ from ..stages._stream import Memory
 from ..stages.contraction import Contraction
 from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
+from ..stages.quantize_scaled import E2M1, E4M3, FEWEST_BITS, QuantizeScaled
 from ..window import Window
 from .parameters import fixed_codes
 
@@ -61,7 +62,8 @@ def operands_of(op: Operation, a: Attribute, b: Attribute, size: int) -> tuple[O
         raise refusal(op, str(error)) from None
     for code in codes:
         if code.tensor_scale:
-            raise refusal(op, f"{code.name}: a factor of the whole tensor has no hardware yet")
+            raise refusal(op, f"{code.name}: a factor of the whole tensor, made from its values, has no hardware: "
+                          "let legalize-hardware make it a power of two")  # fmt: skip
     return codes
 
 
@@ -154,7 +156,7 @@ def quantized(
     if code.block_rows != 1:
         raise refusal(op, f"a computed value in {code.name}: its blocks take several rows, a quantizer sees one")
     if code.scale is not None and code.scale.mantissa_bits:
-        raise refusal(op, f"a computed value in {code.name}: scales that are floats are chosen by no hardware")
+        _check_scaled(op, code, how, flow.point)
     own = site or design_site(flow, op)
     stage = _quantizer(op, flow, code, lanes, how, sensitivities[0] if sensitivities else None)
     words = [] if sensitivities is None else [_padded(sensitivities[1], memory) for memory in stage.memories]
@@ -162,6 +164,17 @@ def quantized(
     node = design.graph.add("quantize", stage, own, fill)
     design.graph.connect(in_order(design.graph, flow, f"{own}_operand"), Place(node.name, "in"))
     return Place(node.name, "out")
+
+
+def _check_scaled(op: Operation, code: OperandCode, how: Rounding, point: Point) -> None:
+    """Raise MxloomError where blocks under float scales are not those that hardware makes."""
+    if (code.elements, code.scale) != ((E2M1,), E4M3):
+        raise refusal(op, f"a computed value in {code.name}: of scales that are floats hardware chooses those of "
+                      "blocks of f4E2M1FN under f8E4M3FN")  # fmt: skip
+    if how.rounding != "rne":
+        raise refusal(op, f"a computed value in {code.name}, rounded {how.rounding}: hardware rounds to nearest even")
+    if point.width < FEWEST_BITS:
+        raise refusal(op, f"a computed value in {code.name}: hardware makes its scales from {FEWEST_BITS} bits or more")
 
 
 def _sensitivities(
@@ -185,8 +198,10 @@ def _padded(numbers: np.ndarray, memory: Memory) -> np.ndarray:
 
 def _quantizer(
     op: Operation, flow: Flow, code: OperandCode, lanes: int, how: Rounding, sensitivity: Point | None
-) -> Quantize | QuantizeMixed:
+) -> Quantize | QuantizeMixed | QuantizeScaled:
     rows, size = prod(flow.shape[:-1]), flow.shape[-1]
+    if code.scale is not None and code.scale.mantissa_bits:
+        return QuantizeScaled(flow.point, code, lanes, rows, size)
     if not code.is_mixed:
         rule = how.scale_rule or ("floor" if code.elements[0].is_fixed else "even")
         return Quantize(flow.point, code, lanes, rows, size, rule, how.rounding)

@@ -76,10 +76,21 @@ def _relu(design: Design, op: Any) -> None:
 
 def _converted(design: Design, op: Any, **options: int) -> None:
     flow, point = design.flow(op.input, op), point_of(op.results[0], op)
+    if _keeps_codes(flow.point, point, options):
+        design.flows[op.results[0]] = moved(flow, point=point)
+        return
     stage = Convert(flow.point, point, flow.count, **options)  # pyright: ignore[reportArgumentType]
     node = design.graph.add(op.name.removeprefix("mx."), stage, site_of(op))
     design.graph.connect(flow.place, Place(node.name, "in"))
     design.flows[op.results[0]] = moved(flow, place=Place(node.name, "out"), point=point)
+
+
+def _keeps_codes(given: Point, result: Point, options: dict[str, int]) -> bool:
+    """Whether a number is multiplied by a power of two by which its point moves, too: nothing is left to do."""
+    factor, places = options.get("factor", 0), options.get("factor_fraction", 0)
+    if factor.bit_count() != 1 or factor < 0 or given.width != result.width:
+        return False
+    return given.fraction - result.fraction == factor.bit_length() - 1 - places
 
 
 @lowers("mx.silu", "mx.gelu", "mx.tanh", "mx.sigmoid")

@@ -17,6 +17,8 @@ from ._stream import Pipe
 
 E2M1 = ElementCode(4, 2, 1, -1, 12)
 E4M3 = ScaleCode(8, 4, 3, -9, "code")
+FEWEST_BITS = 8
+"""Bits of the numbers, at least: boundaries of scales take as many."""
 _LARGEST_SCALE = 126
 """The code of 448."""
 
@@ -26,7 +28,7 @@ _QUARTERS = (1, 3, 5, 7, 10, 14, 20)
 
 @dataclass(frozen=True)
 class QuantizeScaled(BlockStage):
-    """Blocks of E2M1 under a scale in E4M3; the numbers have at least 8 bits."""
+    """Blocks of E2M1 under a scale in E4M3; numbers have `FEWEST_BITS` at least."""
 
     @property
     def delay(self) -> int:
