@@ -8,11 +8,12 @@ from functools import cached_property
 from ...dialects.integer import Point
 from .arithmetic import adder_tree, product
 from .codes import OperandCode, ScaleCode
+from .float_sum import FloatSum
 from .multiplier import decoded_operand, multiplied
 from .rtl import Module, Port, Signal, any_of, join
 from .window import Window
 
-Accumulator = Window
+Accumulator = Window | FloatSum
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A feature counts one-bit cells of one sort: `multiplier` pairs of bits that meet in multipliers, `shifter`
 multiplexers of barrel shifters, `adder` bits of adders, `negation` bits that are negated or chosen, `register`
 flip-flops that hold numbers, `delay` those that only carry something to a later stage, `table` bits of constant tables,
-`control` bits of counters, `window` bits of the accumulator, and `constant` the design itself.
+`control` bits of counters, `window` bits of an accumulator that saturates, `float_adder` adders of f32, whose parts are
+counted by the others, and `constant` the design itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from math import ceil, sqrt
 
 from ....dialects.integer import CURVES, PowerOfTwo, bits_above
 from ..codes import OperandCode
-from ..dot_product import DotProduct
+from ..dot_product import Accumulator, DotProduct
 from ..multiplier import FIXED_BITS, product_bits
 from ..rtl import address_bits
 from ..stages._stream import Stage
@@ -28,6 +29,7 @@ from ..stages.route import Fifo, Fork, Reorder
 from ..stages.select import Select
 from ..stages.softmax import Softmax
 from ..stages.table import Activation
+from ..window import Window
 
 Features = dict[str, float]
 
@@ -177,7 +179,7 @@ def _largest_shift(code: OperandCode) -> int:
 
 @features.register
 def _(design: DotProduct) -> Features:
-    lanes, window, total = design.lanes, design.accumulator.width, design.sum_bits
+    lanes, total = design.lanes, design.sum_bits
     a, b = design.a, design.b
     wide = product_bits(a, b)
     shifter = negation = 0.0
@@ -198,16 +200,31 @@ def _(design: DotProduct) -> Features:
     bias = design.bias.width if design.bias else 0
     after = total + (factors + 1 if factors else 0)
     delay = stages * exponent + (stages + 1) * bias + (stages - 1) * factors + 3 * (stages + 2)
-    held = lanes * wide + total + (total if design.segment > lanes else 0) + (after if factors else 0) + 3 * window
-    return {
-        "shifter": lanes * shifter + _aligner(design, after, exponent),
+    found: Features = {
+        "shifter": lanes * shifter,
         "negation": lanes * (negation + selection),
         "adder": tree_bits(lanes, wide) + (total if design.segment > lanes else 0),
-        "register": held,
+        "register": lanes * wide + total + (total if design.segment > lanes else 0) + (after if factors else 0),
         "delay": delay,
-        "window": window * (2 if design.bias else 1),
+        "window": 0.0,
         "constant": 1.0,
     }
+    for name, count in accumulator_features(design.accumulator, design, after).items():
+        found[name] = found.get(name, 0.0) + count
+    return found
+
+
+@singledispatch
+def accumulator_features(accumulator: Accumulator, unit: DotProduct, width: int) -> Features:
+    """What an accumulator adds to the features of its unit, which gives it sums of `width` bits."""
+    raise TypeError(f"no features for {type(accumulator).__name__}")
+
+
+@accumulator_features.register
+def _(accumulator: Window, unit: DotProduct, width: int) -> Features:
+    window = accumulator.width
+    aligner = _aligner(unit, accumulator, width)
+    return {"shifter": aligner, "register": 3 * window, "window": window * (2 if unit.bias else 1)}
 
 
 def _exponent_bits(unit: DotProduct) -> int:
@@ -216,14 +233,14 @@ def _exponent_bits(unit: DotProduct) -> int:
     return max(widths) + len(widths) - 1 if widths else 0
 
 
-def _aligner(unit: DotProduct, width: int, exponent: int) -> float:
+def _aligner(unit: DotProduct, window: Window, width: int) -> float:
     """Bits times levels of the shift into the window, what falls below the window's lowest bit included."""
-    if not exponent:
+    if not unit.scales:
         return 0.0
-    least = unit.unit + sum(scale.unit for scale in unit.scales) - unit.accumulator.lsb
+    least = unit.unit + sum(scale.unit for scale in unit.scales) - window.lsb
     most = least + sum(scale.largest_exponent for scale in unit.scales)
-    low, high = min(0, max(least, -width)), max(0, min(most, unit.accumulator.width))
-    return float(shifter_cells(width, high - low, max(unit.accumulator.width, width) + 1 - low))
+    low, high = min(0, max(least, -width)), max(0, min(most, window.width))
+    return float(shifter_cells(width, high - low, max(window.width, width) + 1 - low))
 
 
 def shifter_cells(width: int, largest: int, room: int) -> int:
@@ -252,7 +269,7 @@ def _(design: Contraction) -> Features:
         words += [design.columns * design.steps, design.rows, design.groups * design.steps]
     serial = design.copies * design.result.width if design.copies > 1 else 0
     return {
-        "adder": design.copies * (design.unit.accumulator.width + design.result.width),
+        "adder": design.copies * (design.unit.accumulator.total_bits + design.result.width),
         "register": serial + design.result.width,
         "control": sum(address_bits(depth) for depth in words if depth > 1),
         "constant": 1.0,

@@ -44,8 +44,10 @@ class Fit:
         return sum(self.weights.get(name, 0.0) * value for name, value in found.items())
 
     def outside(self, found: Features) -> list[str]:
-        """Features with a weight that lie outside what was fitted."""
-        return [
+        """Features with a weight that lie outside what was fitted, and those that no fitted design had."""
+        unknown = [f"no design with {name} was fitted" for name, value in found.items()
+                   if value and name not in self.weights]  # fmt: skip
+        return unknown + [
             f"{name} {value:g} is outside {low:g} to {high:g}"
             for name, value in found.items()
             if self.weights.get(name)

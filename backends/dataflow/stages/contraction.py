@@ -9,7 +9,7 @@ from math import ceil
 from ....dialects.errors import MxloomError
 from ....dialects.integer import Point
 from ..dot_product import DotProduct
-from ..rtl import Module, Signal, Wire, address_bits, join
+from ..rtl import Module, Register, Signal, Wire, address_bits, join
 from ._schedule import Schedule, Turn, bank
 from ._stream import Banks, Memory, Pipe, Stage, StreamModule, banked_cycles
 
@@ -47,6 +47,23 @@ class Contraction(Stage):
         return self.unit.segment // self.unit.lanes
 
     @property
+    def segments(self) -> int:
+        """Segments of a row; the last may be shorter than the others."""
+        return -(-self.steps // self.per_segment)
+
+    @property
+    def pauses(self) -> tuple[int, int]:
+        """Cycles without a beat before a segment that follows another, and before the last: an accumulator's pace."""
+        pace, last = self.unit.accumulator.segment_cycles, self.steps - (self.segments - 1) * self.per_segment
+        return pace(self.per_segment) - self.per_segment, pace(last) - last
+
+    @property
+    def row_cycles(self) -> int:
+        """Cycles of a row of a with a row of b."""
+        between, last = self.pauses
+        return self.steps + (0 if self.segments == 1 else (self.segments - 2) * between + last)
+
+    @property
     def inputs(self) -> dict[str, int]:
         found = {"a": self.unit.lanes * self.unit.a.code_bits + self.unit.a.side_bits}
         if self.dynamic:
@@ -64,8 +81,8 @@ class Contraction(Stage):
 
     @property
     def cycles(self) -> int:
-        """N x K / (lanes x copies) for each row, unless the stream of results or a bank is slower."""
-        row = max(self.groups * self.steps, self.columns)
+        """N x K / (lanes x copies) for each row, unless the accumulator, the stream of results or a bank is slower."""
+        row = max(self.groups * self.row_cycles, self.columns)
         if not self.dynamic:
             return ceil(self.rows * self.runs * banked_cycles([(self.steps, row)]))
         matrix = (self.columns * self.steps, ceil(self.rows * banked_cycles([(self.steps, row)])))
@@ -73,16 +90,16 @@ class Contraction(Stage):
 
     @property
     def schedule(self) -> Schedule:
-        steps, read = self.steps, self.groups * self.steps
+        steps, every, read = self.steps, self.row_cycles, self.groups * self.row_cycles
         shared = None if self.copies == 1 else (self.copies, self.columns)
         delay = 2 + self.unit.latency - (self.copies > 1)
         if not self.dynamic:
-            return Schedule(delay, (bank("a", steps, read, every=steps),), shared=shared)
+            return Schedule(delay, (bank("a", steps, read, every=every),), shared=shared)
         both = {"a": steps, "b": self.columns * steps}
         if self.rows == 1:
-            return Schedule(delay, (Turn(both, ("a", "b"), read, steps),), shared=shared)
-        first, last = Turn(both, ("a",), read, steps), Turn({"a": steps}, ("a", "b"), read, steps)
-        between = bank("a", steps, read, every=steps, repeat=self.rows - 2)
+            return Schedule(delay, (Turn(both, ("a", "b"), read, every),), shared=shared)
+        first, last = Turn(both, ("a",), read, every), Turn({"a": steps}, ("a", "b"), read, every)
+        between = bank("a", steps, read, every=every, repeat=self.rows - 2)
         return Schedule(delay, (first, between, last) if between.repeat else (first, last), shared=shared)
 
     @property
@@ -116,6 +133,7 @@ class _Builder:
         self.stage, self.module = stage, module
         self.unit = stage.unit.module(unit_name)
         self.pipe = Pipe(module, "out")
+        self.waits: Register | None = None
 
     def build(self) -> Module:
         stage, module, pipe = self.stage, self.module, self.pipe
@@ -125,13 +143,15 @@ class _Builder:
         a = Banks(module, "a", stage.steps)
         b = Banks(module, "b", stage.columns * stage.steps) if stage.dynamic else None
         available = a.available & b.available if b else a.available
-        go = self.moves & available
+        goes = self._goes(available)
+        go = self.moves & goes
         step, last_step = module.counter(stage.steps, go, "step")
         row_end = go & last_step
         segment_last = self._ends(stage.per_segment, go, last_step, "in_segment")
+        self._pause(go & segment_last & ~last_step, step)
         _, last_group = module.counter(stage.groups, row_end, "group")
         issued = row_end & last_group
-        valid = module.delayed(available, self.moves, initial=0)
+        valid = module.delayed(goes, self.moves, initial=0)
         word = a.read(step, self.moves)
         a.release(issued, self.moves, valid)
         if b:
@@ -162,6 +182,24 @@ class _Builder:
             out = self._serial(done, totals, moves)
         ready = {"a": a.ready, **({"b": b.ready} if b else {})}
         return module.close(ready, {"out": out})
+
+    def _goes(self, available: Signal) -> Signal:
+        """Whether a beat goes into the units: there is one, and the accumulator does not pause."""
+        longest = max(self.stage.pauses) if self.stage.segments > 1 else 0
+        if not longest:
+            return available
+        self.waits = self.module.register(longest.bit_length(), "waits")
+        return available & self.waits.q.equals(0)
+
+    def _pause(self, ends: Signal, step: Signal) -> None:
+        """Begin a pause behind a segment; it goes on with the units."""
+        stage, waits = self.stage, self.waits
+        if waits is None:
+            return
+        between, last = stage.pauses
+        is_last = step.equals((stage.segments - 1) * stage.per_segment - 1)
+        pause = is_last.then(last, self.module.constant(between, waits.q.width))
+        waits.set(ends.then(pause, waits.q.any().then(waits.q - 1, waits.q)), self.moves)
 
     def _dynamic(self, b: Banks, go: Signal) -> list[dict[str, Signal]]:
         """The words of b's rows, each copy keeping its own, one after the other for every row of a."""

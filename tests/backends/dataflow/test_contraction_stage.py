@@ -65,7 +65,8 @@ def random_codes(code: OperandCode, shape: tuple[int, int], generator: torch.Gen
     return torch.where(rows, torch.full_like(codes, largest), codes)
 
 
-def random_operand(type: Any, shape: tuple[int, int], seed: int, scales: str) -> Encoded:
+def random_operand(type: Any, shape: tuple[int, int], seed: int, scales: str | tuple[int, int]) -> Encoded:
+    """Random codes; `scales` is the range of the scales' bytes, or its name, where they are powers of two."""
     generator = torch.Generator().manual_seed(seed)
     code = operand_code(type, shape[1])
     codes = random_codes(code, shape, generator)
@@ -76,7 +77,11 @@ def random_operand(type: Any, shape: tuple[int, int], seed: int, scales: str) ->
     grid = (shape[0], -(-shape[1] // (code.block or shape[1])))
     grid = (1, 1) if len(type.dims) == 2 and type.dims[0] < 0 else grid
     if code.scale.mantissa_bits == 0:
-        found = torch.randint(*SCALES[scales], grid, generator=generator).to(torch.uint8).view(torch.float8_e8m0fnu)
+        found = (
+            torch.randint(*(SCALES[scales] if isinstance(scales, str) else scales), grid, generator=generator)
+            .to(torch.uint8)
+            .view(torch.float8_e8m0fnu)
+        )
     elif code.scale.bits == 8:
         found = torch.randint(0, 127, grid, generator=generator).to(torch.uint8).view(torch.float8_e4m3fn)
     else:
