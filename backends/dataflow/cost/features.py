@@ -26,8 +26,6 @@ from ..stages.quantize import Quantize
 from ..stages.quantize_mixed import QuantizeMixed
 from ..stages.quantize_scaled import QuantizeScaled
 from ..stages.rope import Rope
-from ..stages.route import Fifo, Fork, Reorder
-from ..stages.select import Select
 from ..stages.softmax import Softmax
 from ..stages.table import Activation
 from ..window import Window
@@ -472,32 +470,3 @@ def rounded_bits(width: int, places: int) -> int:
 def nonzero_digits(number: int) -> int:
     """Digits other than 0 of a number written with digits -1, 0 and 1, no two of them side by side: its adders."""
     return ((3 * number) ^ number).bit_count()
-
-
-@features.register
-def _(design: Fork) -> Features:
-    return {"control": design.ways, "constant": 1.0}
-
-
-@features.register
-def _(design: Fifo) -> Features:
-    return {"register": design.width, "control": address_bits(design.depth), "constant": 1.0}
-
-
-@features.register
-def _(design: Reorder) -> Features:
-    axes = [axis.size for axis in design.axes if axis.size > 1]
-    return {
-        "register": design.width,
-        "control": sum(map(address_bits, axes)) + (len(axes) + 4) * address_bits(design.count),
-        "constant": 1.0,
-    }
-
-
-@features.register
-def _(design: Select) -> Features:
-    return {
-        "register": design.width + 1,
-        "control": address_bits(design.size) + address_bits(design.inner),
-        "constant": 1.0,
-    }
