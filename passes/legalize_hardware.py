@@ -16,6 +16,7 @@ from xdsl.rewriter import InsertPoint, Rewriter
 from xdsl.utils.exceptions import VerifyException
 
 from ..backends.reference import body
+from ..dialects.accumulator import AccumulatorAttr
 from ..dialects.errors import MxloomError, UsageError
 from ..dialects.formats import FixedType, MixedType, Rounding, default_scale_rule, is_wide
 from ..dialects.instances import format_of, name_of
@@ -25,7 +26,14 @@ from ..dialects.operations._shapes import element_of, shape_of
 from ..dialects.operations._values import hint_of, path_of
 from ..dialects.operations.attention import AttentionOp, RopeOp
 from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import Contraction, ConvOp, EmbeddingOp, LinearOp, MatmulOp
+from ..dialects.operations.contraction import (
+    Contraction,
+    ConvOp,
+    EmbeddingOp,
+    LinearOp,
+    MatmulOp,
+    why_no_accumulator,
+)
 from ..dialects.operations.movement import ConcatOp, Movement
 from ..dialects.operations.normalization import LayerNormOp, RMSNormOp, SoftmaxOp
 from ..dialects.operations.parameter import ParameterOp
@@ -68,6 +76,7 @@ _NUMBER_DIGITS = 24
 _SENSITIVITY_BITS = 12
 """So many that f64 holds the impact of a block (`stages._impact`)."""
 
+MOST_PARTIALS = 64
 _ROOM = 8
 """Bits of a window below the last one of its result."""
 
@@ -78,9 +87,10 @@ class LegalizeHardware(ModulePass):
 
     Runs the model on `samples` inputs and types each value `!mx.fixed<width, F>`, F such that twice the largest
     magnitude fits. Products are summed in windows of `window` bits (`width` + 12 where it is left out) that reach 8
-    bits below their result; functions are read from tables of 2^`table` entries. `part` keeps it to modules whose names
-    are or begin with these. What goes before (token look-up, rotary angles, masks) stays in float: the function's
-    attribute `host` lists it, and `host_macs` says what share of the multiply-accumulates it has.
+    bits below their result; with `accumulator` f32 linear layers add up in f32 instead, in `partials` sums where
+    they state no accumulator of their own. Functions are read from tables of 2^`table` entries. `part` keeps it to
+    modules whose names are or begin with these. What goes before (token look-up, rotary angles, masks) stays in float:
+    the function's attribute `host` lists it, and `host_macs` says what share of the multiply-accumulates it has.
     Contractions need operands in formats: run `quantize` before. Raises MxloomError that lists everything that has no
     meaning in integers; the module is then unusable.
     """
@@ -90,15 +100,21 @@ class LegalizeHardware(ModulePass):
     width: int = 24
     table: int = 8
     window: int | None = None
+    accumulator: str = "window"
+    partials: int = 1
     samples: int = 8
     part: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        limits = {"width": (8, 24), "table": (FEWEST, MOST), "window": (8, WIDEST_WINDOW), "samples": (1, 4096)}
+        limits = {"width": (8, 24), "table": (FEWEST, MOST), "window": (8, WIDEST_WINDOW), "samples": (1, 4096),
+                  "partials": (1, MOST_PARTIALS)}  # fmt: skip
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{self.name}: {name} is a whole number from {low} to {high}, got {value}")
+
+        if self.accumulator not in ("window", "f32"):
+            raise UsageError(f'{self.name}: accumulator is "window" or "f32", got "{self.accumulator}"')
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         weights = weights_of(ctx, self.name)
@@ -244,8 +260,22 @@ class _Legalization:
             largest.append(self._largest(bias))
         self._fixed_result(op)
         if isinstance(op, LinearOp):
+            if self.options.accumulator == "f32":
+                self._accumulator(op)
+                return
             op.properties.pop("acc", None)
         op.properties["window"] = self._window(_fixed(op.result), max(largest))
+
+    def _accumulator(self, op: LinearOp) -> None:
+        """The accumulator that it states, or one as the options say. Raises `_UnfitError` where hardware has none."""
+        if (reason := why_no_accumulator(op)) is not None:
+            raise _UnfitError(f"no accumulator: {reason}")
+        for format in (element_of(op.input), element_of(op.weight)):
+            if scale_digits(format):
+                raise _UnfitError(f"no accumulator in f32: the scales of {format} are no powers of two")
+        op.acc = op.acc or AccumulatorAttr.of("f32", "rne", self.options.partials)
+        if op.acc.format != "f32":
+            raise _UnfitError(f"it adds up in {op.acc.label}, and hardware in f32 or in windows")
 
     def _window(self, result: FixedType, largest: float) -> WindowAttr:
         """The window of a sum whose result is of a format. Raises `_UnfitError` where what was seen leaves it."""

@@ -17,7 +17,8 @@ from ....dialects.operations._shapes import element_of, shape_of
 from ....dialects.operations.cast import CastOp
 from ....dialects.operations.parameter import ParameterOp
 from ..codes import OperandCode, operand_code
-from ..dot_product import DotProduct
+from ..dot_product import Accumulator, DotProduct
+from ..float_sum import FloatSum, why_no_float_sum
 from ..flow import Flow, in_order
 from ..graph import Fill, Place
 from ..images import MixedBlocks, packed, rows_of, rows_of_kinds
@@ -69,21 +70,33 @@ def operands_of(op: Operation, a: Attribute, b: Attribute, size: int) -> tuple[O
 
 @lowers("mx.linear")
 def _linear(design: Design, op: Any) -> None:
-    if op.window is None:
-        raise refusal(op, "it states no window: run the pass legalize-hardware first")
     size = shape_of(op.input)[-1]
     type = element_of(op.weight)
     weight_type = transposed_format(type) if op.transposed is not None else type
     a, b = operands_of(op, element_of(op.input), weight_type, size)
     lanes = lanes_of(a, b, size)
     bias = None if op.bias is None else point_of(op.bias, op)
-    unit = DotProduct(a, b, lanes, segment_of(a, b, size, lanes), window_of(op.window), bias)
+    segment = segment_of(a, b, size, lanes)
+    unit = DotProduct(a, b, lanes, segment, _accumulator(op, (a, b), bias, -(-size // segment)), bias)
     columns, rows = shape_of(op.results[0])[-1], prod(shape_of(op.results[0])[:-1])
     stage = Contraction(unit, rows, columns, size, point_of(op.results[0], op))
     node = design.graph.add("linear", stage, site_of(op), _weights(design, op, stage, weight_type))
     place = blocks_of(design, op, op.input, a, lanes)
     design.graph.connect(place, Place(node.name, "a"))
     design.give(op, Place(node.name, "out"))
+
+
+def _accumulator(op: Any, operands: tuple[OperandCode, OperandCode], bias: Point | None, segments: int) -> Accumulator:
+    """How a linear layer adds up its segments: in a window, or in f32."""
+    if op.window is not None:
+        return window_of(op.window)
+    if op.acc is None:
+        raise refusal(op, "it states no window and no accumulator: run the pass legalize-hardware first")
+    if op.acc.format != "f32":
+        raise refusal(op, f"it adds up in {op.acc.label}: hardware has accumulators of f32, and windows")
+    if (reason := why_no_float_sum(*operands, bias)) is not None:
+        raise refusal(op, reason)
+    return FloatSum(op.acc.partials.data, segments, point_of(op.results[0], op))
 
 
 @lowers("mx.matmul")
