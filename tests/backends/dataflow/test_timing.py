@@ -5,6 +5,7 @@ import pytest
 
 from mxloom.backends.dataflow.codes import operand_code
 from mxloom.backends.dataflow.dot_product import DotProduct
+from mxloom.backends.dataflow.float_sum import FloatSum
 from mxloom.backends.dataflow.folding import interval
 from mxloom.backends.dataflow.graph import CONFIG, Boundary, Graph, Place
 from mxloom.backends.dataflow.rtl import circuit_text
@@ -33,6 +34,12 @@ INT8 = operand_code(format_of("mxint8", rank=2), 64)
 MIXED = operand_code(format_of("mixed<!mx.block<32xf4E2M1FN>, !mx.block<32xf8E4M3FN>>", rank=2), 64)
 NVFP4 = operand_code(format_of("!mx.block<16xf4E2M1FN, f8E4M3FN>", rank=2), 70)
 UNIT = DotProduct(INT8, INT8, 32, 32, Window(36, -20))
+
+
+def f32(partials: int, size: int, lanes: int = 32, bias: Point | None = None) -> DotProduct:
+    return DotProduct(INT8, INT8, lanes, 32, FloatSum(partials, -(-size // 32), P), bias)
+
+
 SILU = Table("silu", P, P, 8)
 RUNS = 3
 
@@ -64,6 +71,9 @@ ALONE: dict[str, Stage] = {
     "linear, 7 units": Contraction(UNIT, 4, 7, 64, P, 7),
     "matmul": Contraction(UNIT, 4, 6, 64, P, 1, dynamic=True, runs=2),
     "matmul, 2 units": Contraction(UNIT, 4, 6, 64, P, 2, dynamic=True, runs=2),
+    "linear, f32": Contraction(f32(1, 200), 4, 7, 200, P),
+    "linear, f32 in 2 sums, a short segment": Contraction(f32(2, 130, 8), 4, 7, 130, P, 2),
+    "linear, f32 in 8 sums, bias": Contraction(f32(8, 200, bias=Point(24, 8)), 4, 7, 200, P, 3),
     "matmul of one row": Contraction(UNIT, 1, 6, 64, P, 3, dynamic=True, runs=2),
 }
 CHAINS: dict[str, list[Stage]] = {
