@@ -1,6 +1,9 @@
 """Sums in f32 by the circuit against `dialects.contractions.linear`, and that against exact fractions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,18 +14,21 @@ from mxloom.backends.dataflow.codes import operand_code
 from mxloom.backends.dataflow.dot_product import DotProduct
 from mxloom.backends.dataflow.float_sum import FloatSum
 from mxloom.backends.dataflow.floats import ADD_STEPS, added, unpacked
-from mxloom.backends.dataflow.rtl import Module
+from mxloom.backends.dataflow.rtl import Module, circuit_text
+from mxloom.backends.dataflow.simulation.arc import ArcSimulator
 from mxloom.backends.dataflow.simulation.traffic import NO_STALLS, Phase, Run, Stalls
+from mxloom.backends.dataflow.simulation.verilator import VerilatorSimulator
 from mxloom.backends.dataflow.stages._stream import Pipe, Stage
 from mxloom.backends.dataflow.stages.contraction import Contraction
 from mxloom.dialects.accumulator import AccumulatorAttr
 from mxloom.dialects.contractions import coded_tensor, linear
 from mxloom.dialects.integer import Point
 
-from .stages import STALLS, codes_of, compare, operand_beats, simulator, spread
+from .stages import STALLS, codes_of, compare, needs_verilator, operand_beats, simulator, spread
 from .test_contraction_stage import load, random_operand, type_of
 
 FORMATS = ["mxint4", "mxint6", "mxint8", "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2"]
+Device = Callable[[Stage], ArcSimulator | VerilatorSimulator]
 PAIRS = [*((name, name) for name in FORMATS), *zip(FORMATS, FORMATS[3:] + FORMATS[:3], strict=True)]
 SINGLE = [("fixed 8 5", "fixed 8 4"), ("fixed 12 5", "mxint8"), ("mxfp8_e5m2", "fixed 8 3"), ("fixed 16 14", "mxfp4")]
 
@@ -65,6 +71,7 @@ def check(
     columns: int = 6,
     result: Point | None = None,
     stalls: dict[str, Stalls] | None = None,
+    device: Device = simulator,
     **options: Any,
 ) -> tuple[Contraction, Run, torch.Tensor]:
     """Every beat of a product equals its meaning; (the stage, its run, the sums in f32)."""
@@ -82,10 +89,39 @@ def check(
     beats = operand_beats(left, stage.unit.a, stage.unit.lanes, stage.unit.lanes)
     if stage.dynamic:
         words = operand_beats(right, stage.unit.b, stage.unit.lanes, stage.unit.lanes)
-        run = compare(stage, {"a": beats, "b": words}, {"out": out}, stalls=stalls)
+        run = compare(stage, {"a": beats, "b": words}, {"out": out}, None, stalls, device(stage))
     else:
-        run = compare(stage, {"a": beats}, {"out": out}, load(stage, right, biases), stalls)
+        run = compare(stage, {"a": beats}, {"out": out}, load(stage, right, biases), stalls, device(stage))
     return stage, run, total
+
+
+def rounded(number: Fraction, lowest: int) -> Fraction:
+    """A number rounded to 24 bits, ties to even, or to a multiple of 2^lowest where that is coarser."""
+    if number == 0:
+        return number
+    exponent = abs(number.numerator).bit_length() - number.denominator.bit_length()
+    exponent -= abs(number) < Fraction(2) ** exponent
+    step = Fraction(2) ** max(exponent - 23, lowest)
+    return round(number / step) * step
+
+
+@pytest.mark.parametrize(("a", "b", "scales"), [("mxint8", "mxfp8_e5m2", (110, 140)), ("mxfp4", "mxint8", (50, 62))])
+@pytest.mark.parametrize("partials", [1, 2, 4])
+def test_the_meaning_is_that_of_exact_fractions(a: str, b: str, scales: tuple[int, int], partials: int) -> None:
+    """`contractions.linear` against fractions: segments, then partial sums, then the bias, each rounded once."""
+    x, w = (random_operand(type_of(name), (6, 230), seed, scales) for seed, name in enumerate((a, b)))
+    bias = torch.randn(6, generator=torch.Generator().manual_seed(0)) * float(w.decode().abs().mean())
+    found = linear(coded_tensor(x), coded_tensor(w), bias, AccumulatorAttr.of("f32", "rne", partials))
+    left, right = ([[Fraction(v) for v in row] for row in each.decode().double().tolist()] for each in (x, w))
+    for row, column in product(range(6), range(6)):
+        sums = [Fraction(0)] * partials
+        for index, start in enumerate(range(0, 230, 32)):
+            pairs = zip(left[row][start : start + 32], right[column][start : start + 32], strict=True)
+            term = rounded(sum((p * q for p, q in pairs), Fraction(0)), -1000)
+            sums[index % partials] = rounded(sums[index % partials] + term, -149)
+        for each in (*sums[1:], Fraction(float(bias[column]))):
+            sums[0] = rounded(sums[0] + each, -149)
+        assert Fraction(float(found[row, column])) == sums[0]
 
 
 FEW = {"none": NO_STALLS, "random 0.5": STALLS["random 0.5"]}
@@ -155,6 +191,16 @@ def test_partial_sums_and_shapes(partials: int, options: dict[str, Any]) -> None
     ends = run.given["out"].reshape(rows, columns)[:, -1]
     measured = ends[-1] - ends[rows // 2]
     assert abs(measured - stage.cycles / rows * (rows - 1 - rows // 2)) <= 2
+
+
+def verilated(stage: Stage) -> VerilatorSimulator:
+    loads = {"load": max(memory.width for memory in stage.memories)}
+    return VerilatorSimulator(circuit_text(stage.module("dut")), {**stage.inputs, **loads}, stage.outputs)
+
+
+@needs_verilator
+def test_verilator_agrees() -> None:
+    check("mxfp8_e4m3", "mxint8", partials=2, size=200, bias=Point(24, 10), copies=2, device=verilated)
 
 
 @pytest.mark.parametrize(("a", "b"), SINGLE)
