@@ -129,26 +129,28 @@ class _Builder:
             rest.append(pipeline.beside["bias"])
         valid, found = self.folded(valid, partials[0].q, rest)
         found = into_fixed(self.step, found, self.accumulator.result_point)
-        for name in (None, "done"):
+        for name in (*[None] * (OUT_STEPS - 1), "done"):
             valid = self.module.delayed(valid, pipeline.enable, name, initial=0)
         return self.module.finish(done=valid, total=self.step(found))
 
     def term(self, total: Signal) -> Float:
         """The sum of a segment, rounded, times the product of the scales, which is a power of two, 0 or infinity."""
         pipeline, unit, module = self.pipeline, self.unit, self.module
-        sign, significand, places, some = normalized(self.step, total)
-        pipeline.advance()
-        pipeline.advance()
         scales = sum(scale.unit for scale in unit.scales)
-        exponent = module.constant(_wrapped(unit.unit + scales + total.width - DIGITS + BIAS), EXPONENT_BITS) - places
-        nothing = infinite = module.constant(0, 1)
+        constant = _wrapped(unit.unit + scales + total.width - DIGITS + BIAS)
+        exponent, nothing, infinite = module.constant(constant, EXPONENT_BITS), *[module.constant(0, 1)] * 2
         if (field := pipeline.beside.pop("exponent", None)) is not None:
-            exponent = exponent + field.unsigned(EXPONENT_BITS)
             counted = scales + step_exponent(unit.a) + step_exponent(unit.b)
             wide = field.unsigned(EXPONENT_BITS + 1)
-            nothing = wide.less_signed(_SMALLEST - counted)
-            infinite = wide.more_signed(_LARGEST - counted)
-        nothing = nothing | ~some
+            pipeline.beside["exponent"] = field.unsigned(EXPONENT_BITS) + constant
+            pipeline.beside["nothing"] = wide.less_signed(_SMALLEST - counted)
+            pipeline.beside["infinite"] = wide.more_signed(_LARGEST - counted)
+        sign, significand, places, some = normalized(self.step, total)
+        for _ in range(INTO_STEPS - 1):
+            pipeline.advance()
+        if field is not None:
+            exponent, nothing, infinite = (pipeline.beside.pop(name) for name in ("exponent", "nothing", "infinite"))
+        exponent, nothing = exponent - places, nothing | ~some
         found = Float(
             self.step(sign),
             self.step(nothing.then(0, significand)),

@@ -7,12 +7,12 @@ changes no other number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...dialects.integer import Point
-from .arithmetic import leading_zeros, saturated
-from .rtl import Signal, join
+from .arithmetic import saturated
+from .rtl import Signal, any_of, join
 
 Step = Callable[[Signal], Signal]
 
@@ -23,9 +23,8 @@ EXPONENT_BITS = 10
 """Bits of an exponent beyond the range of f32, signed."""
 BIAS = 150
 """What an exponent, that of the significand's last bit, is counted from: 1 is that of subnormals."""
-ADD_STEPS, INTO_STEPS = 5, 3
-"""Steps of a sum, its register included, and of a whole number on the way into f32."""
-OUT_STEPS = 2
+ADD_STEPS, INTO_STEPS, OUT_STEPS = 5, 4, 3
+"""Steps of a sum, of a whole number on the way into f32, and of an f32 into fixed point, their registers included."""
 
 LOWEST = -(1 << (EXPONENT_BITS - 1))
 """The exponent of zero."""
@@ -90,15 +89,16 @@ def added(step: Step, x: Float, y: Float) -> Signal:
     sign = step(infinite.then(toward, sign ^ negative))
     floor, exponent, nan, infinite = map(step, (floor, exponent, nan, infinite))
     # 4: the leading one comes to the front.
-    moved = leading_zeros(result | floor)[1]
-    some, result = step(result.any()), step(result.shifted_left(moved))
-    exponent = step(exponent - moved.unsigned(EXPONENT_BITS))
+    some = step(result.any())
+    (result, marks), coarse = _to_front((result, result | floor), 4)
+    (result, _), fine = _to_front((result, marks), 1, within=4)
+    result, exponent = step(result), step(exponent - join(coarse, fine).unsigned(EXPONENT_BITS))
     sign, nan, infinite = map(step, (sign, nan, infinite))
     # 5: the rounding; a carry out of the significand makes the exponent larger, and a leading one makes it 1 or more.
     kept, rest = result.top(DIGITS), result.low(_SPARE + 1)
     up = rest.sign & (rest.low(_SPARE).any() | kept.bit(0))
-    size = EXPONENT_BITS + DIGITS - 1
-    found = join(exponent, module.constant(0, DIGITS - 1)) + kept.unsigned(size) + up.unsigned(size)
+    found = join(exponent, module.constant(1, DIGITS)) + join(kept, up).unsigned(EXPONENT_BITS + DIGITS)
+    found = found.top(EXPONENT_BITS + DIGITS - 1)
     infinite = infinite | (some & found.top(EXPONENT_BITS).at_least(255))
     return _packed(sign, some.then(found.low(WIDTH - 1), 0), infinite, nan)
 
@@ -110,15 +110,18 @@ def _packed(sign: Signal, magnitude: Signal, infinite: Signal, nan: Signal) -> S
 
 
 def normalized(step: Step, x: Signal) -> tuple[Signal, Signal, Signal, Signal]:
-    """(sign, significand, places, some): a signed whole number rounded to 24 bits, two steps later.
+    """(sign, significand, places, some): a signed whole number rounded to 24 bits, three steps later.
 
     x = (-1)^sign x significand x 2^(x.width - 24 - places); `some` is 0 where it is zero, as the significand is then.
-    The third step belongs to whoever makes use of it. Places are signed, of `EXPONENT_BITS` bits.
+    The fourth step belongs to whoever makes use of it. Places are signed, of `EXPONENT_BITS` bits.
     """
     module = x.module
     sign, magnitude = step(x.sign), step(x.sign.then(-x, x))
-    front, places = map(step, leading_zeros(magnitude))
-    some, sign = step(magnitude.any()), step(sign)
+    (front,), coarse = _to_front((magnitude,), 16)
+    front, coarse, some, sign = step(front), step(coarse), step(magnitude.any()), step(sign)
+    (front,), middle = _to_front((front,), 4, within=16)
+    (front,), fine = _to_front((front,), 1, within=4)
+    front, places, some, sign = step(front), step(join(coarse, middle, fine)), step(some), step(sign)
     places = places.unsigned(EXPONENT_BITS)
     if x.width <= DIGITS:
         padded = front if x.width == DIGITS else join(front, module.constant(0, DIGITS - x.width))
@@ -132,7 +135,7 @@ def normalized(step: Step, x: Signal) -> tuple[Signal, Signal, Signal, Signal]:
 
 
 def from_fixed(step: Step, x: Signal, point: Point) -> Signal:
-    """A fixed-point number of at most 25 bits as f32, which holds it, three steps later."""
+    """A fixed-point number of at most 25 bits as f32, which holds it, four steps later."""
     sign, significand, places, some = normalized(step, x)
     exponent = -places + (x.width - DIGITS - point.fraction + BIAS)
     module = x.module
@@ -141,26 +144,54 @@ def from_fixed(step: Step, x: Signal, point: Point) -> Signal:
 
 
 def into_fixed(step: Step, bits: Signal, into: Point) -> Signal:
-    """An f32 rounded into a fixed-point format, ties to even, saturated; no number gives 0. A step and a register.
+    """An f32 rounded into a fixed-point format, ties to even, saturated; no number gives 0. Two steps and a register.
 
     Moved by `left` places to the left every number saturates, infinity too; moved by `right` to the right none is half
     of the last bit.
     """
     x, module = unpacked(bits), bits.module
     left, right = max(0, into.width - DIGITS + 1), DIGITS + 1
-    places = x.exponent.signed(EXPONENT_BITS + 2) - (BIAS - into.fraction + left)
-    back = (places.sign & ~x.infinite).then(-places, 0)
-    amount = back.low((left + right).bit_length())
-    amount = back.more_signed(left + right).then(left + right, amount)
-    spare = module.constant(0, left + 2)
-    found = step(shifted_sticky(join(x.significand, spare), amount))
-    sign, nan = step(x.sign), step(x.nan)
+    places = -x.exponent.signed(EXPONENT_BITS + 2) + (BIAS - into.fraction + left)
+    amount = places.low((left + right).bit_length())
+    amount = places.more_signed(left + right).then(left + right, amount)
+    amount = step((places.sign | x.infinite).then(0, amount))
+    significand, sign, nan = step(x.significand), step(x.sign), step(x.nan)
+    found = step(shifted_sticky(join(significand, module.constant(0, left + 2)), amount))
+    sign, nan = step(sign), step(nan)
     kept, rest = found.top(DIGITS + left), found.low(2)
     up = rest.bit(1) & (rest.bit(0) | kept.bit(0))
     # -(kept + up) = ~kept + (1 - up): one adder for both signs.
     width = kept.width + 2
     signed = (kept.unsigned(width) ^ sign.repeated(width)) + (up ^ sign).unsigned(width)
     return nan.then(0, saturated(signed, into.width))
+
+
+def _to_front(numbers: Sequence[Signal], size: int, *, within: int | None = None) -> tuple[list[Signal], Signal]:
+    """(the numbers moved to the left by whole groups of bits, by how many).
+
+    It is the first group of `size` bits with a 1 in the last of the numbers that comes to the front, looked for among
+    the highest `within` bits.
+    """
+    marks = numbers[-1]
+    within = min(marks.width, within or marks.width)
+    groups = [marks.top(end).low(min(size, end - start)) for start, end in
+              ((start, min(start + size, within)) for start in range(0, within, size))]  # fmt: skip
+    index = _first([group.any() for group in groups])
+    amount = join(index, marks.module.constant(0, size.bit_length() - 1)) if size > 1 else index
+    return [number.shifted_left(amount.low(min(amount.width, number.width))) for number in numbers], index
+
+
+def _first(flags: Sequence[Signal]) -> Signal:
+    """The place of the first flag that is 1, of the last one where none is; in as many bits as that takes."""
+    if len(flags) == 1:
+        return flags[0].module.constant(0, 1)
+    half = 1 << ((len(flags) - 1).bit_length() - 1)
+    before, after = flags[:half], flags[half:]
+    found = any_of(before)
+    if half == 1:
+        return ~found
+    width = half.bit_length() - 1
+    return join(~found, found.then(_first(before).unsigned(width), _first(after).unsigned(width)))
 
 
 def _at_most(x: Signal, bits: int) -> Signal:
@@ -172,7 +203,7 @@ def shifted_sticky(x: Signal, places: Signal) -> Signal:
     """An unsigned number shifted to the right; its last bit is 1 where a bit was lost."""
     module = x.module
     lost = module.constant(0, 1)
-    for index in range(places.width):
+    for index in reversed(range(places.width)):
         distance = 1 << index
         chosen = places.bit(index)
         if distance >= x.width:
