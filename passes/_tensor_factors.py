@@ -73,8 +73,7 @@ class _Folding:
     def _cast(self, cast: CastOp, format: BlockType, name: str) -> tuple[SSAValue, int]:
         """A cast of the operand times 2^-k into blocks without a factor, and k."""
         if isinstance(cast.input.owner, ParameterOp):
-            wide = self.weights.wide(cast.input.owner.source.data)
-            exponent = _exponent(float(wide.abs().max()) if wide.numel() else 0.0, format)
+            exponent = _exponent(self._largest(cast.input), format)
             value = self._parameter(cast.input, -exponent)
         else:
             exponent = _exponent(HEADROOM * self.ranges.largest.get(cast.input, 0.0), format)
@@ -85,6 +84,14 @@ class _Folding:
         Rewriter.insert_op(new, InsertPoint.before(cast))
         self.ranges.largest[new.result] = self.ranges.largest.get(value, 0.0)
         return new.result, exponent
+
+    def _largest(self, parameter: SSAValue) -> float:
+        """The largest magnitude of a parameter, or of all that share its range with it."""
+        if parameter in self.ranges.largest:
+            return self.ranges.largest[parameter]
+        assert isinstance(parameter.owner, ParameterOp)
+        wide = self.weights.wide(parameter.owner.source.data)
+        return float(wide.abs().max()) if wide.numel() else 0.0
 
     def result(self, op: LinearOp | MatmulOp, exponent: int) -> None:
         """Multiply the result by 2^`exponent`, and let the bias be added before."""
@@ -114,8 +121,7 @@ class _Folding:
         new = ParameterOp.build(result_types=[value.type], properties={"source": StringAttr(source)})
         new.result.name_hint = hint_of(source)
         Rewriter.insert_op(new, InsertPoint.after(owner))
-        wide = self.weights.wide(source)
-        self.ranges.largest[new.result] = float(wide.abs().max()) if wide.numel() else 0.0
+        self.ranges.largest[new.result] = self._largest(value) * 2.0**exponent
         return new.result
 
     def _times(self, value: SSAValue, exponent: int, name: str, where: InsertPoint) -> SSAValue:

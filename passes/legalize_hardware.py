@@ -57,6 +57,7 @@ from ._context import calibration_of, weights_of
 from ._convolutions import unfold_convolutions, why_no_patches
 from ._curves import name_curves
 from ._ranges import Ranges, fixed_for, observed
+from ._shared_layers import share_ranges
 from ._sites import module_name, root, rounding_properties, set_probabilities
 from ._tensor_factors import fold_tensor_factors
 from .extract import belongs
@@ -91,6 +92,8 @@ class LegalizeHardware(ModulePass):
     they state no accumulator of their own. Functions are read from tables of 2^`table` entries. `part` keeps it to
     modules whose names are or begin with these. What goes before (token look-up, rotary angles, masks) stays in float:
     the function's attribute `host` lists it, and `host_macs` says what share of the multiply-accumulates it has.
+    `share` names lists of layers (model.layers) whose every place gets one format, the widest of all layers, so that
+    one layer's hardware can serve them all (`mxloom emit --reuse`).
     Contractions need operands in formats: run `quantize` before. Raises MxloomError that lists everything that has no
     meaning in integers; the module is then unusable.
     """
@@ -104,6 +107,7 @@ class LegalizeHardware(ModulePass):
     partials: int = 1
     samples: int = 8
     part: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         limits = {"width": (8, 24), "table": (FEWEST, MOST), "window": (8, WIDEST_WINDOW), "samples": (1, 4096),
@@ -119,6 +123,8 @@ class LegalizeHardware(ModulePass):
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         weights = weights_of(ctx, self.name)
         ranges = observed(op, weights, calibration_of(ctx, self.name, self.samples))
+        if self.share:
+            share_ranges(chip_operations(body(op), self.part), ranges, self.share, weights)
         _Legalization(self, op, weights, ranges).run()
 
 
