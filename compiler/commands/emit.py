@@ -37,10 +37,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     total, fpga = cost["total"], cost["total"]["fpga"]["xc7_dsp"]
     print(
-        print(
-            f"{design.name}: {len(cost['stages'])} stages, an input every {cost['interval_cycles']:,.0f} cycles, "
-            f"the first beat out after {cost['latency_cycles']:,}"
-        )
+        f"{design.name}: {len(cost['stages'])} stages, an input every {cost['interval_cycles']:,.0f} cycles, "
+        f"the first beat out after {cost['latency_cycles']:,}"
     )
     print(
         f"area {total['area_nand2']:,.0f} NAND2 ({total['area_um2']:,.0f} um2 in {cost['library']}, without memories); "

@@ -28,8 +28,8 @@ class Gated(nn.Module):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(24), nn.Linear(24, 40), nn.Linear(40, 24)
         with torch.no_grad():
-            self.up.weight *= scale
-            self.norm.weight *= scale
+            self.up.weight.mul_(scale)
+            self.norm.weight.mul_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.relu(self.up(self.norm(x))))
