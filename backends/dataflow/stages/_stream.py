@@ -48,9 +48,9 @@ class Stage(ABC):
         """Cycles between two runs of one input each, when nothing else holds it up."""
 
     @property
+    @abstractmethod
     def schedule(self) -> Schedule:
         """When it takes and gives its beats."""
-        raise NotImplementedError(f"{type(self).__name__} has no schedule")
 
     @abstractmethod
     def module(self, name: str) -> Module:

@@ -34,6 +34,11 @@ class Fork(Stage):
     def cycles(self) -> int:
         return self.count
 
+    @property
+    def schedule(self) -> Schedule:
+        """A beat is there at once; when it is taken hangs on all ways."""
+        return Schedule(0)
+
     def module(self, name: str) -> Module:
         module = self.start(name)
         valid = module.valid("in")
@@ -48,7 +53,7 @@ class Fork(Stage):
 
 @dataclass(frozen=True)
 class Fifo(Stage):
-    """A queue of `depth` beats; `peak` tells the most that it held."""
+    """A queue of `depth` beats."""
 
     width: int
     depth: int
@@ -69,6 +74,11 @@ class Fifo(Stage):
     @property
     def cycles(self) -> int:
         return self.count
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of a beat that finds the queue empty; one that comes to others waits for them."""
+        return Schedule(4)
 
     def module(self, name: str) -> Module:
         module = self.start(name)

@@ -18,6 +18,7 @@ from mxloom.backends.dataflow.rtl import Module, circuit_text
 from mxloom.backends.dataflow.simulation.arc import ArcSimulator
 from mxloom.backends.dataflow.simulation.traffic import NO_STALLS, Phase, Run, Stalls
 from mxloom.backends.dataflow.simulation.verilator import VerilatorSimulator
+from mxloom.backends.dataflow.stages._schedule import Schedule
 from mxloom.backends.dataflow.stages._stream import Pipe, Stage
 from mxloom.backends.dataflow.stages.contraction import Contraction
 from mxloom.dialects.accumulator import AccumulatorAttr
@@ -230,6 +231,10 @@ class Adder(Stage):
     @property
     def cycles(self) -> int:
         return self.count
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(ADD_STEPS)
 
     def module(self, name: str) -> Module:
         module = self.start(name)
