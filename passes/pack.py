@@ -14,9 +14,10 @@ from xdsl.rewriter import InsertPoint, Rewriter
 
 from ..backends.reference import results
 from ..backends.weight_store import WeightStore
-from ..dialects.formats import encode_tensor, is_wide
+from ..dialects.formats import encode_tensor, has_stored_form, is_wide
 from ..dialects.operations._operation import Operation
 from ..dialects.operations._origin import stored_readers
+from ..dialects.operations._shapes import element_of
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
 from ._context import weights_of
@@ -32,7 +33,7 @@ class Pack(ModulePass):
     The first cast of a parameter that has no other reader takes over the parameter's name; a further one, or one
     beside readers of the wide tensor, gets the name with `.as.<reader>` behind it, so that a tied weight in two
     formats is stored as the two tensors it then is. A weight that is cast in another layout is stored in that layout.
-    Needs the weights.
+    What has no stored form (mixed formats) stays a cast of the wide tensor. Needs the weights.
     """
 
     name = "pack"
@@ -45,7 +46,7 @@ class Pack(ModulePass):
 
 def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
     readers = stored_readers(parameter) if is_wide(parameter.result.type.element_type) else []
-    casts = [c for c in readers if c is not None]
+    casts = [c for c in readers if c is not None and has_stored_form(element_of(c.result))]
     source = parameter.source.data
     free = {source} if len(casts) == len(readers) else set[str]()
     # Encoded before anything is put into the store: the first encoding may take the wide tensor's name.

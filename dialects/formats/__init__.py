@@ -12,6 +12,7 @@ from ._format import Rounding as Rounding
 from ._interface import bits as bits
 from ._interface import default_scale_rule as default_scale_rule
 from ._interface import encode_tensor as encode_tensor
+from ._interface import has_stored_form as has_stored_form
 from ._interface import is_wide as is_wide
 from ._interface import quantize as quantize
 from ._interface import refusal as refusal

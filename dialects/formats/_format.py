@@ -133,3 +133,8 @@ class Numbers(ABC):
 
 class Format(TypeAttribute, Numbers):
     """A number format of this dialect; a family is one file of this package that defines one."""
+
+    @property
+    def has_stored_form(self) -> bool:
+        """Whether a tensor can be kept as codes and scales of sizes that follow from its shape."""
+        return True

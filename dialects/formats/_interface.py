@@ -67,6 +67,11 @@ def is_wide(fmt: Attribute) -> bool:
     return fmt in WIDE_FLOATS or isinstance(fmt, IntegerType | IndexType)
 
 
+def has_stored_form(fmt: Attribute) -> bool:
+    """Whether a tensor of the format can be kept as codes and scales; what cannot is kept wide, and rounded on use."""
+    return not isinstance(fmt, Format) or fmt.has_stored_form
+
+
 def takes_scale_rule(fmt: Attribute) -> bool:
     """Whether the format has power-of-two scales, which alone are chosen by a rule."""
     return default_scale_rule(fmt) in POWER_OF_TWO_RULES

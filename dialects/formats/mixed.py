@@ -99,6 +99,10 @@ class MixedType(ParametrizedAttribute, Format):
         scaled = Rounding(rounding=how.rounding, clip=how.clip, seed=how.seed)
         return (self.low, scaled), (self.high, scaled if isinstance(self.high, BlockType) else element)
 
+    @property
+    def has_stored_form(self) -> bool:
+        return False
+
     def encode(self, x: Tensor, how: Rounding, given: Given) -> Parts:
         raise self._not_stored
 

@@ -155,6 +155,22 @@ def test_wide_tie_is_stored_once(compiled_as: Compile, tmp_path: Path) -> None:
     assert json.loads((tied / "config.json").read_text())["tie_word_embeddings"] is True
 
 
+def test_weights_of_mixed_blocks_are_kept_wide(compiled_as: Compile, folders: dict[str, Path], tmp_path: Path) -> None:
+    mixed = "mixed<!mx.block<16xf4E2M1FN>, !mx.block<16xf8E4M3FN>>"
+    rule = {"match": "*.q_proj", "weights": mixed, "activations": mixed}
+    compiled = compiled_as("llama", rule | dict.fromkeys(("weight_threshold", "activation_threshold"), 1e-4), MIXED)
+    again = load(save(compiled, tmp_path / "a"))
+    assert torch.equal(again(**TOKENS).logits, compiled(**TOKENS).logits)
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    file, own = (
+        SafetensorsFile(folder / name)
+        for folder, name in ((tmp_path / "a", "weights.safetensors"), (folders["llama"], "model.safetensors"))
+    )
+    assert torch.equal(file[weight], own[weight]) and f"{weight}.codes" not in file
+    (note,) = [each for each in compiled.notes() if "mixed" in each]
+    assert note.startswith("1 weights in mixed formats are written wide (2,048 bytes)") and note.endswith(weight)
+
+
 def test_head_quantized_alone_unties(compiled_as: Compile, folders: dict[str, Path], tmp_path: Path) -> None:
     """Field case E2 (a): both in the file, the embedding bit-equal to the original, the tie cut."""
     compiled = compiled_as("tied", {"match": "*lm_head", "weights": "int8_channel"})
