@@ -207,6 +207,11 @@ def held_out_designs() -> list[str]:
     return _lines("held out")
 
 
+def blind_designs() -> list[str]:
+    """Units that were written down before any run of theirs, and that no weight or feature was chosen with."""
+    return _lines("blind")
+
+
 def quick_designs() -> list[str]:
     """A few small designs of each kind, which show that calibration works."""
     found = dict[str, list[str]]()
