@@ -2,7 +2,9 @@
 
 A line is a kind and its numbers: `dot a=int8 b=e2m1 lanes=8 segment=32 window=32`. An operand is its elements (`int5`,
 `e4m3`, `trit`, or `e2m1/e4m3` where each block is of one of two kinds), and behind colons its scale and block length
-where they are not E8M0 and 32: `e2m1:e4m3:16`, `int8:none`.
+where they are not E8M0 and 32: `e2m1:e4m3:16`, `int8:none`. Numbers between stages have so many bits, half of them
+behind the point, or as many as stand behind the dot: `24.22`. Sums go into a window, or with `acc=f32 partials=4
+segments=6` into partial sums in f32.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from pathlib import Path
 from ....dialects.errors import MxloomError
 from ....dialects.integer import Point, Table
 from ..codes import E8M0, F32, ElementCode, OperandCode, ScaleCode
-from ..dot_product import DotProduct
+from ..dot_product import Accumulator, DotProduct
+from ..float_sum import FloatSum
 from ..stages._stream import Stage
 from ..stages.contraction import Contraction
 from ..stages.normalize import Normalize
@@ -77,16 +80,26 @@ def design_of(line: str) -> DotProduct | Stage:
 
 
 def _point(given: dict[str, str], name: str, width: int = 24) -> Point:
-    bits = int(given.get(name, width))
-    return Point(bits, bits // 2)
+    bits, _, fraction = given.get(name, str(width)).partition(".")
+    return Point(int(bits), int(fraction or int(bits) // 2))
 
 
 def _dot(given: dict[str, str]) -> DotProduct:
     a, b = operand(given["a"]), operand(given.get("b", given["a"]))
-    lanes = int(given["lanes"])
-    window = Window(int(given["window"]), int(given.get("lsb", -16)))
+    lanes, segment = int(given["lanes"]), int(given.get("segment", 32))
     bias = Point(int(given["bias"]), int(given["bias"]) - 8) if "bias" in given else None
-    return DotProduct(a, b, lanes, int(given.get("segment", 32)), window, bias)
+    return DotProduct(a, b, lanes, segment, _accumulator(given, segment), bias)
+
+
+def _accumulator(given: dict[str, str], segment: int) -> Accumulator:
+    match given.get("acc", "window"):
+        case "window":
+            return Window(int(given["window"]), int(given.get("lsb", -16)))
+        case "f32":
+            segments = -(-int(given["size"]) // segment) if "size" in given else int(given["segments"])
+            return FloatSum(int(given["partials"]), segments, _point(given, "result"))
+        case other:
+            raise MxloomError(f'"acc={other}" is no accumulator: window and f32 are')
 
 
 def _contraction(given: dict[str, str]) -> Contraction:
