@@ -66,12 +66,15 @@ static void put(std::FILE *file, const void *data, std::size_t size, std::size_t
 }
 
 int main(int, char **arguments) {
+  std::FILE *job = std::fopen(arguments[1], "rb"), *found = std::fopen(arguments[2], "wb");
+  check(job && found);
   VerilatedContext context;
+  const std::int64_t start = number(job);
+  context.randReset(start ? 2 : 0);
+  context.randSeed(static_cast<int>(start));
   Vbench top{&context};
   std::vector<Stream> streams;
 @STREAMS@
-  std::FILE *job = std::fopen(arguments[1], "rb"), *found = std::fopen(arguments[2], "wb");
-  check(job && found);
   std::uint64_t random = static_cast<std::uint64_t>(number(job));
   const std::int64_t limit = number(job), resets = number(job), tails = number(job);
   const std::int64_t input_share = number(job), output_share = number(job), low = number(job), high = number(job);
@@ -208,11 +211,17 @@ class VerilatorSimulator:
     """A design as compiled by Verilator, run whole: the same beats, cycles and counts as `ArcSimulator.run` gives.
 
     `inputs` and `outputs` give the streams and their widths in bits. Every run is a process of its own, which starts
-    with memories and registers of zeros, where `ArcSimulator` keeps what memories held after the run before.
+    with memories and registers of zeros, where `ArcSimulator` keeps what memories held after the run before; or, where
+    `start` is set, with random bits, as hardware does.
     """
 
-    def __init__(self, text: str, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
-        """Builds the simulator. Raises MxloomError where CIRCT or Verilator refuses the design."""
+    def __init__(
+        self, text: str, inputs: Mapping[str, int], outputs: Mapping[str, int], *, optimize: bool = False
+    ) -> None:
+        """Builds the simulator; `optimize` takes twice as long for it, and a third of the time for every run.
+
+        Raises MxloomError where CIRCT or Verilator refuses the design.
+        """
         program = verilator()
         self.verilog = export_verilog(text)
         self.top = _top(text)
@@ -221,11 +230,23 @@ class VerilatorSimulator:
         folder = mkdtemp(prefix="mxloom-")
         finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._folder = Path(folder)
-        self._build(program)
+        self._build(program, optimize)
+
+    start = 0
+    """The seed of what memories and registers hold at first; 0: zeros."""
 
     def run(self, phases: Sequence[Phase], stalls: Stalls = NO_STALLS, limit: int = 10_000_000) -> Run:
         """Run the phases one after the other from a reset. `limit` is the number of cycles at which it gives up."""
-        head = [stalls.seed, limit, RESET_CYCLES, TAIL_CYCLES, stalls.inputs, stalls.outputs, *stalls.window]
+        head = [
+            self.start,
+            stalls.seed,
+            limit,
+            RESET_CYCLES,
+            TAIL_CYCLES,
+            stalls.inputs,
+            stalls.outputs,
+            *stalls.window,
+        ]
         parts = [np.array([*head, len(phases)], np.int64).tobytes()]
         for phase in phases:
             beats = phase_beats(phase, self._inputs, self._outputs)
@@ -238,7 +259,7 @@ class VerilatorSimulator:
             _call([str(self._folder / "build" / "bench"), str(job), str(found)], "the simulation by Verilator")
             return self._read(found.read_bytes())
 
-    def _build(self, program: Path) -> None:
+    def _build(self, program: Path, optimize: bool) -> None:
         widths = {**self._inputs, **self._outputs}
         (self._folder / "design.sv").write_text(self.verilog)
         (self._folder / "bench.sv").write_text(_bench(self.top, self._inputs, self._outputs))
@@ -248,8 +269,9 @@ class VerilatorSimulator:
             for i, (name, width) in enumerate(widths.items())
         ]
         (self._folder / "main.cpp").write_text(_MAIN.replace("@STREAMS@", "\n".join(lines)))
-        command = [str(program), "--cc", "--exe", "--build", "-j", "2", "-O3", "-Wno-fatal", "--x-initial", "0"]
-        command += ["--top-module", "bench", "-MAKEFLAGS", MAKE_FLAGS, "-Mdir", "build", "-o", "bench"]
+        command = [str(program), "--cc", "--exe", "--build", "-j", "2", "-O3", "-Wno-fatal", "--x-initial", "unique"]
+        flags = MAKE_FLAGS if optimize else f"{MAKE_FLAGS} OPT_FAST=-O0"
+        command += ["--top-module", "bench", "-MAKEFLAGS", flags, "-Mdir", "build", "-o", "bench"]
         _call([*command, "bench.sv", "design.sv", "../main.cpp"], "Verilator", self._folder)
 
     def _read(self, data: bytes) -> Run:
