@@ -14,11 +14,12 @@ DEMO := OMP_WAIT_POLICY=passive $(BIN)/python
 TEXT ?=
 MARKDOWN ?=
 
-.PHONY: help install demo demo-smollm2 test test-all check bench docs clean
+.PHONY: help install demo demo-hardware demo-smollm2 test test-all check bench docs clean
 
 help:
 	@echo "install       the package and all that development needs, into .venv"
 	@echo "demo          compile the embedded model to seven formats and print one table"
+	@echo "demo-hardware one layer of it as hardware in four formats: simulated, compared, costed"
 	@echo "demo-smollm2  the same for SmolLM2-135M-Instruct (TEXT=file, MARKDOWN=file)"
 	@echo "test          the fast tests"
 	@echo "test-all      every test"
@@ -31,6 +32,9 @@ install: .venv/.dev
 
 demo: .venv/.core
 	$(DEMO) examples/demo.py
+
+demo-hardware: .venv/.dev
+	$(DEMO) examples/demo_hardware.py
 
 demo-smollm2: .venv/.core .venv/.models
 	$(DEMO) examples/demo_smollm2.py $(if $(TEXT),--text "$(TEXT)") $(if $(MARKDOWN),--markdown "$(MARKDOWN)")

@@ -112,6 +112,6 @@ def test_python_in_pages_runs(page: Path, workplace: Path, monkeypatch: pytest.M
 def test_shell_in_pages_runs(page: Path, workplace: Path) -> None:
     program = SHELL.format(sys.executable, OPTIMIZER) + "".join(text for _, text in blocks(page, "sh"))
     result = subprocess.run(
-        ["bash", "-c", program], cwd=workplace, env=environment(ROOT), capture_output=True, text=True, timeout=300
+        ["bash", "-c", program], cwd=workplace, env=environment(ROOT), capture_output=True, text=True, timeout=3600
     )
     assert result.returncode == 0, result.stderr
