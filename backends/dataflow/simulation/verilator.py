@@ -215,6 +215,9 @@ class VerilatorSimulator:
     `start` is set, with random bits, as hardware does.
     """
 
+    start = 0
+    """The seed of what memories and registers hold at first; 0: zeros."""
+
     def __init__(
         self, text: str, inputs: Mapping[str, int], outputs: Mapping[str, int], *, optimize: bool = False
     ) -> None:
@@ -232,21 +235,10 @@ class VerilatorSimulator:
         self._folder = Path(folder)
         self._build(program, optimize)
 
-    start = 0
-    """The seed of what memories and registers hold at first; 0: zeros."""
-
     def run(self, phases: Sequence[Phase], stalls: Stalls = NO_STALLS, limit: int = 10_000_000) -> Run:
         """Run the phases one after the other from a reset. `limit` is the number of cycles at which it gives up."""
-        head = [
-            self.start,
-            stalls.seed,
-            limit,
-            RESET_CYCLES,
-            TAIL_CYCLES,
-            stalls.inputs,
-            stalls.outputs,
-            *stalls.window,
-        ]
+        shares = [stalls.inputs, stalls.outputs, *stalls.window]
+        head = [self.start, stalls.seed, limit, RESET_CYCLES, TAIL_CYCLES, *shares]
         parts = [np.array([*head, len(phases)], np.int64).tobytes()]
         for phase in phases:
             beats = phase_beats(phase, self._inputs, self._outputs)
