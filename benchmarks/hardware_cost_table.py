@@ -11,9 +11,10 @@ from pathlib import Path
 
 from page import table, write_section
 
-from mxloom.backends.dataflow.cost.calibration import fit_all, own_measurements, read_measurements
+from mxloom.backends.dataflow.cost.calibration import fit_all
 from mxloom.backends.dataflow.cost.designs import design_of, fit_designs, held_out_designs
 from mxloom.backends.dataflow.cost.energy import FGMP_PAPER_SAVING, FGMP_SWITCHED, fgmp_energies, fgmp_saving
+from mxloom.backends.dataflow.cost.measurements import own_measurements, read_measurements
 from mxloom.backends.dataflow.cost.model import Coefficients
 from mxloom.dialects.errors import MxloomError
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ..dialects.errors import UsageError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """linux/fcntl.h and linux/fs.h: paths from the working directory; exchange two names in one step."""
@@ -29,6 +31,42 @@ def new_folder(target: Path) -> Iterator[Path]:
         _take_place(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_file(target: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all: what was at `target` stays where anything fails.
+
+    Raises UsageError where it cannot be written.
+    """
+    partial = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=".mxloom-", suffix=".partial", dir=target.parent)
+        partial = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(target)
+        _flush_one(target.parent)
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror or error}") from None
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def check_writable(target: Path) -> None:
+    """Raise UsageError where `write_file` could not write `target`: before work whose result belongs there."""
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent}: there is no such folder")
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder: name a file")
+    try:
+        with tempfile.TemporaryFile(prefix=".mxloom-", dir=target.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
 def _take_place(folder: Path, target: Path) -> None:

@@ -29,14 +29,14 @@ def run(args: argparse.Namespace) -> int:
     from ...backends.dataflow.cost.model import VARIABLE
     from ...dialects.arguments import whole_number
     from ...dialects.errors import UsageError
+    from .._atomic import check_writable, write_file
 
     jobs = whole_number("jobs", args.jobs, 1, 256)
     out = Path(args.out or "hardware_cost.json")
     liberty = Path(args.liberty) if args.liberty else None
     if liberty is not None and not liberty.is_file():
         raise UsageError(f"{liberty}: there is no such file")
-    if not out.parent.is_dir():
-        raise UsageError(f"{out.parent}: there is no such folder")
+    check_writable(out)  # Yosys runs for minutes or hours
     found = calibrate(
         quick=args.quick,
         liberty=liberty,
@@ -44,15 +44,13 @@ def run(args: argparse.Namespace) -> int:
         measurements=Path(args.measurements) if args.measurements else None,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    out.write_text(found.text(), encoding="utf-8")
+    write_file(out, found.text())
     heads = f"{'designs':>8}{'mean %':>8}{'max %':>8}"
     print(f"{'target':10}{'count':8}{'kind':14}{heads}  {heads}  (fitted, held out)")
     for target, counts in found.fits.items():
         for count, kinds in counts.items():
             for kind, fit in kinds.items():
-                cells = [
-                    f"{e.designs:8} {100 * e.mean:7.1f} {100 * e.largest:7.1f}" for e in (fit.fitted, fit.held_out)
-                ]
+                cells = ["".join(f"{cell:>8}" for cell in errors.told()) for errors in (fit.fitted, fit.held_out)]
                 print(f"{target:10}{count:8}{kind:14}{cells[0]}  {cells[1]}")
     print(f"wrote {out}; use it with {VARIABLE}={out}")
     return 0

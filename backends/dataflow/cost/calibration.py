@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,25 +9,9 @@ from pathlib import Path
 from .designs import design_of, fit_designs, held_out_designs, quick_designs
 from .features import features_on
 from .fitting import fitted
+from .measurements import Measurements, append_measurements, check_appendable, read_measurements
 from .model import COUNTS, NAND2_UM2, Coefficients, Errors, Fit, coefficients
 from .synthesis import TARGETS, measured, nand_area, verilog, yosys
-
-Measurements = dict[tuple[str, str], dict[str, float]]
-"""Counts by (design, target)."""
-
-
-def read_measurements(file: Path) -> Measurements:
-    """Raw results of Yosys runs, one JSON object a line."""
-    found: Measurements = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        found[row.pop("design"), row.pop("target")] = row
-    return found
-
-
-def own_measurements() -> Path:
-    """The results that the coefficients of mxloom come from."""
-    return Path(__file__).with_name("measurements.jsonl")
 
 
 def calibrate(
@@ -43,16 +26,18 @@ def calibrate(
 
     `quick` takes two small designs of each kind and tests on none. A `liberty` file's cells replace Yosys's gates; the
     FPGA fits are then those that exist. `measurements` is a file of raw results that is read, and gets the new ones.
+    Raises UsageError, before the first run, for a file of results that is malformed or takes none.
     """
     learnt, tested = (quick_designs(), list[str]()) if quick else (fit_designs(), held_out_designs())
     targets = ("nand2",) if liberty else TARGETS
-    known = read_measurements(measurements) if measurements and measurements.exists() else {}
+    known: Measurements = {}
+    if measurements is not None:
+        known = read_measurements(measurements, tell) if measurements.exists() else {}
+        check_appendable(measurements)
     for new in _measure([*learnt, *tested], targets, known, liberty, jobs, tell):
         known.update(new)
         if measurements is not None:
-            with measurements.open("a", encoding="utf-8") as file:
-                for (design, target), counts in new.items():
-                    file.write(json.dumps({"design": design, "target": target, **counts}) + "\n")
+            append_measurements(measurements, new)
     found = fit_all(learnt, tested, known)
     if liberty is None:
         return found

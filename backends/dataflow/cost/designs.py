@@ -2,9 +2,9 @@
 
 A line is a kind and its numbers: `dot a=int8 b=e2m1 lanes=8 segment=32 window=32`. An operand is its elements (`int5`,
 `e4m3`, `trit`, or `e2m1/e4m3` where each block is of one of two kinds), and behind colons its scale and block length
-where they are not E8M0 and 32: `e2m1:e4m3:16`, `int8:none`. Numbers between stages have so many bits, half of them
-behind the point, or as many as stand behind the dot: `24.22`. Sums go into a window, or with `acc=f32 partials=4
-segments=6` into partial sums in f32.
+where they are not E8M0 and 32: `e2m1:e4m3:16`, `int4:bf16:4x32` (four rows share a scale), `int8:none`. Numbers between
+stages have so many bits, half of them behind the point, or as many as stand behind the dot: `24.22`. Sums go into a
+window, or with `acc=f32 partials=4 segments=6` into partial sums in f32.
 """
 
 from __future__ import annotations
@@ -66,8 +66,19 @@ def operand(text: str) -> OperandCode:
         scale = ScaleCode(number.bits, number.exponent_bits, number.mantissa_bits, number.unit, number.nan)
     else:
         scale = E8M0
-    block = int(block_text or 32) if scale_text in ("", "e8m0") or block_text else None
-    return OperandCode(text, tuple(element_code(part) for part in elements.split("/")), scale, block)
+    block, rows = _block(elements, scale_text, block_text)
+    return OperandCode(text, tuple(element_code(part) for part in elements.split("/")), scale, block, block_rows=rows)
+
+
+def _block(elements: str, scale: str, shape: str) -> tuple[int | None, int | None]:
+    """(numbers along the sum, rows) that share a scale, None for all: of `16`, `4x32`, `?x?`, or what is usual."""
+    if shape:
+        rows, _, length = shape.rpartition("x")
+        return None if length == "?" else int(length), None if rows == "?" else int(rows or 1)
+    if scale in ("", "e8m0"):
+        return 32, 1
+    # A ternary tensor has one scale, other numbers one for each row.
+    return None, None if elements == "trit" and scale != "none" else 1
 
 
 def design_of(line: str) -> DotProduct | Stage:

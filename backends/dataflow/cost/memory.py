@@ -29,10 +29,14 @@ _LUT_RAM = {"xc7": (32, 6, 4), "ecp5": (16, 4, 4)}
 
 @dataclass(frozen=True)
 class Held:
-    """A memory, and what it holds."""
+    """A memory, and what it holds: `name` tells those of a contraction apart, whose widths may be the same.
+
+    `codes`, `sides` and `biases` of weights, rows of `a` and of `b`.
+    """
 
     level: str
     memory: Memory
+    name: str = ""
 
     @property
     def bits(self) -> int:
@@ -41,8 +45,19 @@ class Held:
 
 def memories(stage: Stage) -> list[Held]:
     """Every memory that the stage's circuit has: those that are loaded, and two banks of every row that is kept."""
+    if isinstance(stage, Contraction):
+        names = _weight_names(stage) * stage.copies
+        found = [Held("weights", memory, name) for memory, name in zip(stage.memories, names, strict=True)]
+        return found + [Held("rows", memory, "b" if at else "a") for at, memory in enumerate(_rows(stage))]
     found = [Held("weights", memory) for memory in stage.memories]
     return found + [Held("rows", memory) for memory in _rows(stage)]
+
+
+def _weight_names(stage: Contraction) -> list[str]:
+    """What the memories of one copy hold, in their order."""
+    if stage.dynamic:
+        return []
+    return ["codes", *["sides"] * bool(stage.unit.b.side_bits), *["biases"] * bool(stage.unit.bias)]
 
 
 def _rows(stage: Stage) -> list[Memory]:

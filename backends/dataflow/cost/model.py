@@ -30,6 +30,12 @@ class Errors:
     mean: float = 0.0
     largest: float = 0.0
 
+    def told(self) -> tuple[str, str, str]:
+        """Designs, mean and largest error in per cent, for a table; `none` where there was no design."""
+        if not self.designs:
+            return "none", "", ""
+        return str(self.designs), f"{100 * self.mean:.1f}", f"{100 * self.largest:.1f}"
+
 
 @dataclass(frozen=True)
 class Fit:

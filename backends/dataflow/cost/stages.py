@@ -139,16 +139,14 @@ def _energy(stage: Stage, held: list[Held]) -> tuple[int, dict[str, float], bool
 
 
 def _contraction_traffic(stage: Contraction, held: list[Held], beats: int) -> float:
-    """Picojoules of what is written into the banks and read for every beat of the units."""
-    found = 0.0
-    sides = {stage.unit.b.side_bits: stage.side_steps, stage.unit.bias.width if stage.unit.bias else 0: stage.steps}
-    codes = stage.unit.lanes * stage.unit.b.code_bits
-    for one in held:
-        reads = beats
-        if one.level == "weights" and one.memory.width != codes:
-            reads = beats // sides.get(one.memory.width, 1)  # scales and biases change less often than codes
-        found += reads * one.memory.width * bit_energy(one.bits)
-    found += stage.beats["a"] * stage.inputs["a"] * bit_energy(held[len(stage.memories)].bits)
-    if stage.dynamic:
-        found += stage.beats["b"] * stage.inputs["b"] * bit_energy(held[-1].bits)
+    """Picojoules of what is written into the banks and read for the beats of the units.
+
+    Every beat reads codes; what stands beside a block is read once for the block, a bias once for its sum.
+    """
+    sums = stage.runs * stage.rows * stage.groups
+    reads = {"codes": beats, "sides": sums * stage.side_words, "biases": sums, "a": beats, "b": beats}
+    found = sum(reads[one.name] * one.memory.width * bit_energy(one.bits) for one in held)
+    for name, width in stage.inputs.items():
+        bank = next(one for one in held if one.name == name)
+        found += stage.beats[name] * width * bit_energy(bank.bits)
     return found
