@@ -1,13 +1,11 @@
-"""A whole design: a normalized, gated MLP with mixed formats, against the reference; and that faults are found."""
+"""A whole design: a normalized, gated MLP with mixed formats, against the reference."""
 
 import json
-import re
 import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -99,39 +97,6 @@ def test_the_interval_is_near_that_of_the_slowest_stage() -> None:
     """Each stage alone takes what its formula says; together they wait for one another a little."""
     graph, _, simulator, given = built()
     assert interval(graph) <= compare(simulator, graph, given).interval <= 1.1 * interval(graph)
-
-
-def test_a_corrupted_weight_is_found() -> None:
-    graph, _, simulator, given = built()
-    words = graph.configuration().copy()
-    numbers = words[:, -1]
-    node = next(i for i, each in enumerate(graph.loaded) if each.name == "down_linear")
-    words[np.flatnonzero(numbers == node)[7], 3] ^= 0x40
-    assert compare(simulator, graph, given, configuration=words).mismatches > 0
-
-
-def test_a_swapped_scale_is_found() -> None:
-    """Two blocks of one row of weights change their scales."""
-    graph, _, simulator, given = built()
-    words = graph.configuration().copy()
-    index, node = next((i, each) for i, each in enumerate(graph.loaded) if each.name == "gate_linear")
-    place = np.flatnonzero(words[:, -1] == index)[node.stage.memories[0].depth :]
-    first = next(i for i in range(0, len(place), 3) if words[place[i], 0] != words[place[i + 1], 0])
-    words[place[[first, first + 1]], 0] = words[place[[first + 1, first]], 0]
-    assert compare(simulator, graph, given, configuration=words).mismatches > 0
-
-
-def test_a_flipped_bit_in_the_circuit_is_found() -> None:
-    """A constant of the activation's table, as it stands in the text, is off by its highest bit."""
-    graph, text, _, given = built()
-    start = text.index("mlp_activation")
-    table = list(re.finditer(r"hw.constant (\d{4,}) : i\d+", text[start:]))
-    match = table[len(table) // 2]
-    number = int(match[1])
-    flipped = number ^ (1 << (number.bit_length() - 2))
-    wrong = text[: start + match.start(1)] + str(flipped) + text[start + match.end(1) :]
-    outcome = compare(ArcSimulator(wrong, graph.input_streams, graph.output_streams), graph, given)
-    assert not outcome.is_equal
 
 
 def test_folding_meets_a_limit_of_cycles_and_says_the_nearest() -> None:
