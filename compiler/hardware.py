@@ -14,25 +14,18 @@ from ..backends.dataflow.cost.design import design_cost, resources
 from ..backends.dataflow.folding import Limits
 from ..backends.dataflow.graph import Graph
 from ..backends.dataflow.keywords import RESERVED
-from ..backends.dataflow.lowering import lower
 from ..backends.dataflow.rtl import circuit_text
 from ..backends.dataflow.sizing import fit
 from ..backends.dataflow.timing import Timing
 from ..backends.dataflow.verification import Vectors, vectors
-from ..backends.reference import Interpreter, body
-from ..backends.static import static
-from ..backends.weight_store import WeightStore
-from ..dialects.arguments import came, whole_number
+from ..dialects.arguments import came
 from ..dialects.errors import MxloomError, UsageError, shortened
 from ..dialects.names import identifier
-from ..passes._context import CompileContext
-from ..passes.extract import Extract, belongs
 from ._atomic import new_folder
 from ._target import check_target
-from .calibration import calibration_inputs
+from .static_model import StaticModel
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from xdsl.ir import SSAValue
 
     from .compiled import Compiled
@@ -46,17 +39,15 @@ COST, INTERFACE = "cost.json", "interface.json"
 class Hardware:
     """A design made from a model: its stages, and the static module that it must equal.
 
-    `timing` says its cycles before it is made. `whole` is the static module of the whole model, `inputs` its values
-    that the design takes in, `assumed` what was taken for granted about inputs.
+    `timing` says its cycles before it is made. `inputs` are the values of the whole model that the design takes in,
+    `assumed` what was taken for granted about inputs.
     """
 
-    compiled: Compiled
+    model: StaticModel
     name: str
     part: str | None
     positions: int
     module: ModuleOp
-    weights: WeightStore
-    whole: ModuleOp
     inputs: list[SSAValue]
     graph: Graph
     timing: Timing
@@ -70,17 +61,10 @@ class Hardware:
     def vectors(self, count: int, given: Any = None) -> Vectors:
         """Beats of so many inputs that the model itself gives the part, and what the reference makes of them.
 
-        `given` as for calibration: a text, its file, dictionaries of inputs, or None. Inputs shorter than the design's
-        are repeated; where there are fewer than `count`, they come again, rolled along their last dimension.
+        `given` as for `StaticModel.values`.
         """
-        whole_number("vectors", count, 1, 10_000)
-        interpreter = Interpreter(self.whole, self.weights)
-        found: list[list[Tensor]] = []
-        for sample in _samples(self.compiled, body(self.whole).args, count, given):
-            seen: dict[SSAValue, Tensor] = {}
-            interpreter(*sample, observe=lambda value, held, seen=seen: seen.__setitem__(value, held))
-            found.append([seen[value] for value in self.inputs])
-        return vectors(self.module, self.weights, self.graph, found)
+        found = self.model.values(self.inputs, count, given)
+        return vectors(self.module, self.model.weights, self.graph, found)
 
     @cached_property
     def cost(self) -> dict[str, Any]:
@@ -93,23 +77,32 @@ class Hardware:
 
         from ..backends.dataflow.emission import files
 
-        target = check_target(directory, is_emitted, "emitted design")
-        told = {
-            "model": self.compiled.source.name,
-            "pipeline": self.compiled.pipeline,
+        written = files(self.graph, self.name, vectors, self.told) | {COST: dumps(self.cost, indent=2) + "\n"}
+        return write_design(directory, written)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the design is of, for `interface.json`."""
+        return {
+            "model": self.model.compiled.source.name,
+            "pipeline": self.model.compiled.pipeline,
             "part": self.part,
             "positions": self.positions,
             "assumed": self.assumed,
         }
-        written = files(self.graph, self.name, vectors, told) | {COST: dumps(self.cost, indent=2) + "\n"}
-        with new_folder(target) as folder:
-            for name, text in written.items():
-                path = folder / name
-                if not path.resolve().is_relative_to(folder.resolve()):
-                    raise MxloomError(f"{name!r} leads out of the folder of the design: nothing was written")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-        return target
+
+
+def write_design(directory: str | Path, files: dict[str, str]) -> Path:
+    """Write an emitted design's files, whole or not at all; only an emitted design that is there is replaced."""
+    target = check_target(directory, is_emitted, "emitted design")
+    with new_folder(target) as folder:
+        for name, text in files.items():
+            path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise MxloomError(f"{name!r} leads out of the folder of the design: nothing was written")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    return target
 
 
 def is_emitted(folder: Path) -> bool:
@@ -130,35 +123,14 @@ def hardware(
     It takes one sequence of so many `positions`. Raises UsageError for a name that Verilog does not take, a part that
     is not there and limits that no folding meets, and MxloomError naming every operation that has no hardware.
     """
-    name = _checked_name(name, part)
-    whole_number("sequence", positions, 1, 65536)
-    whole, weights, assumed = static(compiled.module, compiled.weights, compiled.sizes(1, positions))
-    module = whole.clone()
-    inputs: list[SSAValue] = list(body(whole).args)
-    if part is not None:
-        extract = Extract(part=(part,))
-        inputs = extract.inputs(whole)
-        extract.apply(CompileContext(weights=weights), module)
-        module.verify()
-        assumed = [each for each in assumed if belongs(each.partition(":")[0], (part,))]
-    try:
-        graph = lower(module, weights)
-    except MxloomError as error:
-        raise MxloomError(f"{error}{_hint(compiled, part)}") from None
-    graph.add_forks()
-    graph.add_queues()
+    name = checked_name(name, part)
+    model = StaticModel.of(compiled, positions)
+    module, inputs, graph = model.lowered(part)
     timing = fit(graph, limits or Limits(), resources)
-    return Hardware(compiled, name, part, positions, module, weights, whole, inputs, graph, timing, assumed)
+    return Hardware(model, name, part, positions, module, inputs, graph, timing, model.assumed_of(part))
 
 
-def _hint(compiled: Compiled, part: str | None) -> str:
-    """What to do about a module that has no hardware."""
-    if "legalize-hardware" not in compiled.pipeline:
-        return "\ncompile the model with the pass legalize-hardware (in a recipe: passes: [legalize-hardware])"
-    return "" if part is not None else "\na part of the model may have hardware: --part model.layers.0"
-
-
-def _checked_name(name: str | None, part: str | None) -> str:
+def checked_name(name: str | None, part: str | None) -> str:
     """The design's name: a Verilog identifier that nothing reserves."""
     if name is None:
         made = identifier(part) if part else "design"
@@ -171,30 +143,3 @@ def _checked_name(name: str | None, part: str | None) -> str:
     if name in RESERVED or name == "bench":
         raise UsageError(f'"{name}" is a word of Verilog or of the test bench: choose another name')
     return name
-
-
-def _samples(compiled: Compiled, arguments: Any, count: int, given: Any) -> list[list[Tensor]]:
-    """Inputs of the static module: those for calibration, cut or repeated to its sizes."""
-    from ..dialects.operations._shapes import shape_of
-
-    own = {argument.name_hint: argument for argument in compiled.function.body.block.args}
-    wanted = [own[argument.name_hint] for argument in arguments]
-    found = calibration_inputs(compiled.source, list(own.values()), given, count)
-    place = {name: index for index, name in enumerate(own)}
-    samples = [
-        [_fitted(sample[place[w.name_hint]], shape_of(a)) for w, a in zip(wanted, arguments, strict=True)]
-        for sample in found
-    ]
-    rolled = samples[:]
-    while len(rolled) < count:
-        turn = len(rolled) // len(samples)
-        rolled += [[tensor.roll(turn, -1) for tensor in sample] for sample in samples]
-    return rolled[:count]
-
-
-def _fitted(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor cut, or repeated, to a shape of its rank."""
-    for axis, size in enumerate(shape):
-        times = -(-size // tensor.shape[axis])
-        tensor = tensor.repeat([times if other == axis else 1 for other in range(tensor.ndim)]).narrow(axis, 0, size)
-    return tensor.contiguous()

@@ -53,6 +53,10 @@ class Extract(ModulePass):
         operations, stored, kept = self._chosen(op)
         return _from_outside(body(op), operations, kept, stored)[0]
 
+    def outputs(self, op: ModuleOp) -> list[SSAValue]:
+        """The values of a module that the part gives, in order; the module stays as it is."""
+        return _read_outside(body(op), self._chosen(op)[2])
+
     def _chosen(self, op: ModuleOp) -> tuple[list[Operation], set[Operation], set[Operation]]:
         """(all operations, those that are stored, those that belong to the part)."""
         if not self.part:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .graph import CONFIG, Graph
 
@@ -58,7 +58,7 @@ _INPUT = """
   wire {name}_ready;
   wire [{top}:0] {name} = {name}_words[{name}_place < {count} ? {name}_place : {last}];
   wire {name}_takes = {name}_valid && {name}_ready;
-  initial $readmemh("{folder}/{name}.mem", {name}_words);
+{reads}
   always @(posedge clk) begin
     if (rst) begin
       {name}_valid <= 0;
@@ -66,8 +66,7 @@ _INPUT = """
     end else begin
       if ({name}_takes) {name}_place <= {name}_place + 1;
       if ({name}_takes || !{name}_valid)
-        {name}_valid <= {begin} && ({name}_place + ({name}_takes ? 1 : 0) < {count})
-                        && (($random(seed) & 255) >= STALL);
+        {name}_valid <= ({name}_place + ({name}_takes ? 1 : 0) < {until}) && (($random(seed) & 255) >= STALL);
     end
   end
 """
@@ -80,7 +79,7 @@ _OUTPUT = """
   wire [{top}:0] {name};
   reg {name}_waits = 0;
   reg [{top}:0] {name}_before = 0;
-  initial $readmemh("{folder}/{name}.mem", {name}_words);
+{reads}
   always @(posedge clk) begin
     {name}_ready <= (($random(seed) & 255) >= STALL);
     if (!rst) begin
@@ -97,6 +96,16 @@ _OUTPUT = """
         {name}_place <= {name}_place + 1;
       end
     end
+  end
+"""
+
+_ROUNDS = """
+  // A round: the memories are loaded, every input passes, and what comes out is the next round's input.
+  integer rounds = 0;
+  always @(posedge clk) begin
+    if (!rst && rounds < {last} && {out}_place >= (rounds + 1) * {count}) rounds <= rounds + 1;
+    if (!rst && {out}_valid && {out}_ready && {out}_place < {last} * {count})
+      {given}_words[{count} + {out}_place] <= {out};
   end
 """
 
@@ -122,23 +131,47 @@ endmodule
 """
 
 
-def test_bench(graph: Graph, design: str, counts: Mapping[str, int], limit: int) -> str:
-    """The Verilog text; `counts` gives the beats of each stream's vectors, `limit` the cycles before it gives up."""
-    parts = [_HEAD.format(top=design, limit=limit)]
+def test_bench(
+    graph: Graph, design: str, counts: Mapping[str, int], limit: int, folders: Sequence[str] = (VECTORS,)
+) -> str:
+    """The Verilog text; `counts` gives the beats of each stream's vectors, `limit` the cycles before it gives up.
+
+    With several `folders` the design is loaded and works once for each, with as many beats, and reads what came out
+    before. The words of its first input alone come from a file.
+    """
+    parts, rounds = [_HEAD.format(top=design, limit=limit)], len(folders)
     loads = CONFIG in graph.input_streams
     for name, width in graph.input_streams.items():
-        begin = "1" if name == CONFIG or not loads else f"({CONFIG}_place == {counts[CONFIG]})"
-        parts.append(_stream(_INPUT, name, width, counts[name], begin=begin))
+        until = str(counts[name])
+        if rounds > 1:
+            begun = f"rounds + 1 : rounds) * {until}"
+            until = f"(rounds + 1) * {until}"
+            if name != CONFIG:
+                until = f"({CONFIG}_place >= (rounds + 1) * {counts[CONFIG]} ? {begun}"
+        elif name != CONFIG and loads:
+            until = f"({CONFIG}_place == {counts[CONFIG]} ? {until} : 0)"
+        files = folders if name == CONFIG else folders[:1]
+        parts.append(_stream(_INPUT, name, width, counts[name], rounds, files, until=until))
     for name, width in graph.output_streams.items():
-        parts.append(_stream(_OUTPUT, name, width, counts[name]))
+        parts.append(_stream(_OUTPUT, name, width, counts[name], rounds, folders))
+    if rounds > 1:
+        (given,), (out,) = graph.inputs, graph.outputs
+        parts.append(_ROUNDS.format(out=out.name, given=given.name, count=counts[out.name], last=rounds - 1))
     names = [*graph.input_streams, *graph.output_streams]
     ports = [f"    .{name}{part}({name}{part})" for name in names for part in ("", "_valid", "_ready")]
-    done = " && ".join(f"{name}_place >= {counts[name]}" for name in graph.output_streams)
-    beats = sum(counts[name] for name in graph.output_streams)
+    done = " && ".join(f"{name}_place >= {rounds * counts[name]}" for name in graph.output_streams)
+    beats = rounds * sum(counts[name] for name in graph.output_streams)
     parts.append(_TAIL.format(design=design, connections=",\n".join(ports), done=done, beats=beats))
     return "".join(parts)
 
 
-def _stream(template: str, name: str, width: int, count: int, **more: str) -> str:
-    last = max(count - 1, 0)
-    return template.format(name=name, top=width - 1, count=count, last=last, folder=VECTORS, **more)
+def _stream(template: str, name: str, width: int, count: int, rounds: int, folders: Sequence[str], **more: str) -> str:
+    """A stream's part of the bench; the beats of each folder stand one behind the other."""
+    reads = [f'  initial $readmemh("{folder}/{name}.mem", {name}_words);' for folder in folders]
+    if rounds > 1:
+        places = [f"{place * count}, {(place + 1) * count - 1}" for place in range(len(folders))]
+        reads = [line.replace("_words)", f"_words, {place})") for line, place in zip(reads, places, strict=True)]
+    total = rounds * count
+    return template.format(
+        name=name, top=width - 1, count=total, last=max(total - 1, 0), reads="\n".join(reads), **more
+    )

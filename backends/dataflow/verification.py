@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,19 +79,19 @@ class Vectors:
 def vectors(module: ModuleOp, weights: Weights, graph: Graph, inputs: Sequence[Sequence[Tensor]]) -> Vectors:
     """The beats of several inputs in a row; `inputs` gives the tensors of each, rounded to the streams' formats."""
     interpreter = Interpreter(module, weights)
-    given: dict[str, list[ndarray]] = {each.name: [] for each in graph.inputs}
-    expected: dict[str, list[ndarray]] = {each.name: [] for each in graph.outputs}
-    for tensors in inputs:
-        rounded = [on_grid(tensor, each.point) for tensor, each in zip(tensors, graph.inputs, strict=True)]
-        for tensor, each in zip(rounded, graph.inputs, strict=True):
-            given[each.name].append(beats_of_values(tensor, each.point))
-        for tensor, each in zip(interpreter(*rounded), graph.outputs, strict=True):
-            expected[each.name].append(beats_of_values(tensor, each.point))
-    return Vectors(_joined(given, graph.inputs), _joined(expected, graph.outputs), len(inputs))
+    given = [[on_grid(x, each.point) for x, each in zip(xs, graph.inputs, strict=True)] for xs in inputs]
+    return beats_of_tensors(graph, given, [interpreter(*xs) for xs in given])
 
 
-def _joined(parts: Mapping[str, list[ndarray]], boundaries: Sequence[Boundary]) -> dict[str, ndarray]:
-    return {each.name: np.concatenate(parts[each.name]) for each in boundaries}
+def beats_of_tensors(graph: Graph, inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Sequence[Tensor]]) -> Vectors:
+    """The beats of a design's streams for several inputs in a row, all on the grids of the streams' formats."""
+    return Vectors(_joined(graph.inputs, inputs), _joined(graph.outputs, outputs), len(inputs))
+
+
+def _joined(boundaries: Sequence[Boundary], runs: Sequence[Sequence[Tensor]]) -> dict[str, ndarray]:
+    """The beats of each stream, one run behind the other."""
+    streams = zip(boundaries, zip(*runs, strict=True), strict=True)
+    return {each.name: np.concatenate([beats_of_values(x, each.point) for x in xs]) for each, xs in streams}
 
 
 def phases(graph: Graph, vectors: Vectors, configuration: ndarray | None = None) -> list[Phase]:
@@ -111,7 +111,11 @@ def compare(
     configuration: ndarray | None = None,
 ) -> Outcome:
     """Run the vectors and compare every beat."""
-    run = simulator.run(phases(graph, vectors, configuration), stalls, limit)
+    return outcome_of(simulator.run(phases(graph, vectors, configuration), stalls, limit), graph, vectors)
+
+
+def outcome_of(run: Run, graph: Graph, vectors: Vectors) -> Outcome:
+    """Every beat that a simulation gave beside those of the reference, and the cycles that it took."""
     mismatches = missing = beats = 0
     first = ""
     for each in graph.outputs:

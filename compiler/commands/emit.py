@@ -5,6 +5,7 @@ The folder holds the design (rtl/), golden vectors and a test bench that checks 
 
 mxloom compile ./model --recipe recipe.yaml --out ./typed     # its passes: [legalize-hardware]
 mxloom emit ./typed --part model.layers.0 --out ./layer
+mxloom emit ./typed --reuse model.layers --out ./stack        # {share="model.layers"}: one layer's hardware for all
 """
 
 import argparse
@@ -26,11 +27,15 @@ def run(args: argparse.Namespace) -> int:
     from .._target import check_target
     from ..hardware import is_emitted
     from ..progress import Progress
+    from ..reuse import Reused
 
     check_target(args.out, is_emitted, "emitted design")
     with Progress().working(f"emitting {args.model}"):
         design = _hardware.built(args)
-        folder = design.save(args.out, design.vectors(args.vectors))
+        if isinstance(design, Reused):
+            folder = design.save(args.out, design.rounds(args.vectors))
+        else:
+            folder = design.save(args.out, design.vectors(args.vectors))
     cost = design.cost
     if args.json:
         _json.write({"folder": str(folder), "top": design.name, "assumed": design.assumed, "cost": cost})
@@ -46,6 +51,13 @@ def run(args: argparse.Namespace) -> int:
     )
     energy = sum(total["energy_pj"].values()) / 1e3
     print(f"{sum(total['memory_bits'].values()) / 8:,.0f} bytes on chip, {energy:,.1f} nJ for an input")
+    if isinstance(design, Reused):
+        whole = cost["reuse"]["total"]
+        print(
+            f"{len(design.layers)} layers, loaded in turn: {whole['loading_cycles']:,} cycles of loading, "
+            f"{whole['cycles_of_one_input']:,} with one input, {whole['cycles_of_each_further_input']:,.0f} more for "
+            f"each further one; {whole['weights']['bytes']:,.0f} bytes come from outside"
+        )
     outside = sum(bool(stage["outside"]) for stage in cost["stages"])
     if outside:
         print(f"note: {outside} stages lie outside what the cost model was fitted on: their area is extrapolated")

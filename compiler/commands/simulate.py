@@ -3,21 +3,24 @@
 Prints mismatches (exit status 1 where there are any), cycles, and the throughput beside what the formula says.
 
 mxloom simulate ./typed --part model.layers.0 --vectors 8
+mxloom simulate ./typed --reuse model.layers     # one layer's hardware for all of them
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from . import _hardware, _json
+from . import _hardware, _json, _reuse
 
 if TYPE_CHECKING:
     from ...backends.dataflow.timing import Timing
     from ...backends.dataflow.verification import Outcome, Simulator
     from ..hardware import Hardware
+    from ..reuse import Reused
 
 summary = "simulate the hardware and compare every beat with the reference"
 
@@ -39,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ...backends.dataflow.verification import compare
     from ...dialects.errors import UsageError
     from ..progress import Progress
+    from ..reuse import Reused
 
     if not 0 <= args.stalls <= 0.9:
         raise UsageError(f"--stalls is a share from 0 to 0.9, got {args.stalls}")
@@ -46,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, Outcome] = {}
     with Progress().working(f"simulating {args.model}") as report:
         design = _hardware.built(args)
+        if isinstance(design, Reused):
+            simulators = {name: partial(_simulator, name, design) for name in names}
+            return _reuse.simulated(design, args, simulators, report)
         given = design.vectors(args.vectors)
         for name in names:
             report("simulate", name)
@@ -64,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     return int(not all(outcome.is_equal for outcome in found.values()))
 
 
-def _simulator(name: str, design: Hardware) -> Simulator:
+def _simulator(name: str, design: Hardware | Reused) -> Simulator:
     graph = design.graph
     if name == "arc":
         from ...backends.dataflow.simulation.arc import ArcSimulator

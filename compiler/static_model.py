@@ -1,0 +1,116 @@
+"""A compiled model for one size of its inputs: parts of it as stages, and the values that it computes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xdsl.dialects.builtin import ModuleOp
+
+from ..backends.dataflow.graph import Graph
+from ..backends.dataflow.lowering import lower
+from ..backends.reference import Interpreter, body
+from ..backends.static import static
+from ..backends.weight_store import WeightStore
+from ..dialects.arguments import whole_number
+from ..dialects.errors import MxloomError
+from ..passes._context import CompileContext
+from ..passes.extract import Extract, belongs
+from .calibration import calibration_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from xdsl.ir import SSAValue
+
+    from .compiled import Compiled
+
+
+@dataclass(frozen=True)
+class StaticModel:
+    """A compiled model for sequences of so many positions: its module with all sizes known, and what was assumed."""
+
+    compiled: Compiled
+    module: ModuleOp
+    weights: WeightStore
+    assumed: list[str]
+
+    @classmethod
+    def of(cls, compiled: Compiled, positions: int) -> StaticModel:
+        whole_number("sequence", positions, 1, 65536)
+        return cls(compiled, *static(compiled.module, compiled.weights, compiled.sizes(1, positions)))
+
+    def lowered(self, part: str | None) -> tuple[ModuleOp, list[SSAValue], Graph]:
+        """(the module of a part, the model's values that it takes in, its stages with their forks and queues)."""
+        module = self.module.clone()
+        inputs: list[SSAValue] = list(body(self.module).args)
+        if part is not None:
+            extract = Extract(part=(part,))
+            inputs = extract.inputs(self.module)
+            extract.apply(CompileContext(weights=self.weights), module)
+            module.verify()
+        try:
+            graph = lower(module, self.weights)
+        except MxloomError as error:
+            raise MxloomError(f"{error}{_hint(self.compiled, part)}") from None
+        graph.add_forks()
+        graph.add_queues()
+        return module, inputs, graph
+
+    def values(self, wanted: Sequence[SSAValue], count: int, given: Any = None) -> list[list[Tensor]]:
+        """What the model computes for values of its module, from so many inputs.
+
+        `given` as for calibration: a text, its file, dictionaries of inputs, or None. Inputs shorter than the module's
+        are repeated; where there are fewer than `count`, they come again, rolled along their last dimension.
+        """
+        whole_number("vectors", count, 1, 10_000)
+        interpreter, kept = Interpreter(self.module, self.weights), set(wanted)
+        found: list[list[Tensor]] = []
+        for sample in _samples(self.compiled, body(self.module).args, count, given):
+            seen: dict[SSAValue, Tensor] = {}
+
+            def observe(value: SSAValue, held: Tensor, seen: dict[SSAValue, Tensor] = seen) -> None:
+                if value in kept:
+                    seen[value] = held
+
+            interpreter(*sample, observe=observe)
+            found.append([seen[value] for value in wanted])
+        return found
+
+    def assumed_of(self, part: str | None) -> list[str]:
+        """What was taken for granted about a part."""
+        return [each for each in self.assumed if part is None or belongs(each.partition(":")[0], (part,))]
+
+
+def _hint(compiled: Compiled, part: str | None) -> str:
+    """What to do about a module that has no hardware."""
+    if "legalize-hardware" not in compiled.pipeline:
+        return "\ncompile the model with the pass legalize-hardware (in a recipe: passes: [legalize-hardware])"
+    return "" if part is not None else "\na part of the model may have hardware: --part model.layers.0"
+
+
+def _samples(compiled: Compiled, arguments: Any, count: int, given: Any) -> list[list[Tensor]]:
+    """Inputs of the static module: those for calibration, cut or repeated to its sizes."""
+    from ..dialects.operations._shapes import shape_of
+
+    own = {argument.name_hint: argument for argument in compiled.function.body.block.args}
+    wanted = [own[argument.name_hint] for argument in arguments]
+    found = calibration_inputs(compiled.source, list(own.values()), given, count)
+    place = {name: index for index, name in enumerate(own)}
+    fitted = [
+        [_fitted(sample[place[w.name_hint]], shape_of(a)) for w, a in zip(wanted, arguments, strict=True)]
+        for sample in found
+    ]
+    rolled = fitted[:]
+    while len(rolled) < count:
+        turn = len(rolled) // len(fitted)
+        rolled += [[tensor.roll(turn, -1) for tensor in sample] for sample in fitted]
+    return rolled[:count]
+
+
+def _fitted(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor cut, or repeated, to a shape of its rank."""
+    for axis, size in enumerate(shape):
+        times = -(-size // tensor.shape[axis])
+        tensor = tensor.repeat([times if other == axis else 1 for other in range(tensor.ndim)]).narrow(axis, 0, size)
+    return tensor.contiguous()
