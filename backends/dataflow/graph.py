@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
-
 from ...dialects.integer import Point
 from ...dialects.names import identifier
 from .images import widened
+from .packages import needed
 from .rtl import Module, Signal, Wire
 from .stages._stream import Stage, StreamModule
 from .stages.route import Fifo, Fork
 from .stages.select import Select
 
 if TYPE_CHECKING:
+    import networkx as nx
     from numpy import ndarray
 
 Fill = Callable[[Any], "list[ndarray]"]
@@ -116,9 +116,9 @@ class Graph:
                     self.sources[target] = Place(node.name, way)
                 self.connect(source, Place(node.name, "in"))
 
-    def network(self) -> nx.DiGraph:
+    def network(self) -> nx.DiGraph[str]:
         """The stages as a directed graph; an edge for each pair of which one reads the other."""
-        found = nx.DiGraph()
+        found = _networks().DiGraph()
         found.add_nodes_from(self.nodes)
         for target, source in self.sources.items():
             if target.node and source.node:
@@ -132,7 +132,7 @@ class Graph:
         too where only a part of a stream is on some way: what is dropped there holds up the fork. A queue holds a whole
         run's beats.
         """
-        network = self.network()
+        nx, network = _networks(), self.network()
         order = list(nx.topological_sort(network))
         depth = dict.fromkeys(order, 0)
         for name in order:
@@ -202,6 +202,10 @@ class Graph:
     def module(self, name: str) -> Module:
         """The whole design as one module; stages that are alike are one module placed several times."""
         return _Assembly(self, name).build()
+
+
+def _networks() -> Any:
+    return needed("networkx", "the order of stages is found by")
 
 
 class _Assembly:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ....dialects.errors import MxloomError
 from ..circt import ArcModel, arc_model
+from ..packages import needed
 from .traffic import NO_STALLS, RESET_CYCLES, TAIL_CYCLES, Phase, Run, Stalls, check_streams, phase_beats, word_bytes
 
 _CYCLE, _RANDOM, _VIOLATIONS, _SURPLUS, _STREAMS = 0, 1, 2, 3, 4
@@ -43,8 +44,7 @@ class ArcSimulator:
         self.reset()
 
     def _compile(self, driver: str) -> None:
-        import llvmlite.binding as llvm
-
+        llvm = needed("llvmlite.binding", "designs are compiled in this process by")
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         module = llvm.parse_assembly(self.model.llvm + driver)
