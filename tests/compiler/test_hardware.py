@@ -61,6 +61,28 @@ def test_an_emitted_folder_is_whole_and_replaced_alone(
     assert [path.name for path in (tmp_path / "own").iterdir()] == ["thesis.tex"]
 
 
+def test_what_a_part_costs_is_told_site_by_site(typed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["cost", str(typed), "--part", f"{PART}.mlp", "--sequence", "2", "--clock", "200"]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    # gate and up: 2 x 512 outputs of 192 / 32 beats, down: 192 outputs of 512 / 32 beats
+    assert told["total"]["macs"] == 2 * 3 * 192 * 512 and told["interval_cycles"] == 2 * 512 * 192 / 32
+    assert told["inputs_per_second"] == pytest.approx(200e6 / told["interval_cycles"])
+    for key in ("area_nand2", "area_um2"):
+        assert told["total"][key] == pytest.approx(sum(stage[key] for stage in told["stages"]), rel=1e-4)
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    sites = {stage["site"] for stage in told["stages"]}
+    rows = {row[0]: row for row in (line.replace(" *", "").split() for line in lines) if row[0] in {*sites, "total"}}
+    assert rows.keys() == {*sites, "total"}
+    numbers = [[float(cell.replace(",", "")) for cell in row[1:]] for site, row in rows.items() if site != "total"]
+    assert sum(row[2] for row in numbers) == float(rows["total"][3].replace(",", "")) == told["total"]["macs"]
+    assert main([*command, "--top", "2"]) == 0
+    assert f"note: {len(sites) - 2} more sites are in the total" in capsys.readouterr().out
+    for option in (["--clock", "0"], ["--top", "0"]):
+        assert main([*command, *option]) == 2
+
+
 @pytest.mark.parametrize("name", ["module", "bench", "../up", "a/b", 'a"b', "a\nb", "$x", "1st", "", "ä"])
 def test_names_that_verilog_does_not_take_are_refused(typed: Path, name: str) -> None:
     with pytest.raises(UsageError, match="name"):
