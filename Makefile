@@ -56,6 +56,8 @@ bench: .venv/.dev .venv/.models .venv/.peers
 	$(BIN)/python benchmarks/kernels_table.py docs/performance.md
 	$(BIN)/python benchmarks/contractions_table.py docs/performance.md
 	$(BIN)/python benchmarks/capture_table.py
+	$(BIN)/python benchmarks/hardware_table.py
+	$(BIN)/python benchmarks/hardware_cost_table.py
 	$(if $(TEXT),$(BIN)/python benchmarks/minilm_table.py "$(TEXT)",@echo "published models: make bench TEXT=wiki.txt")
 	$(if $(TEXT),$(BIN)/python benchmarks/smollm2_table.py "$(TEXT)")
 

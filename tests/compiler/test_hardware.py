@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import mxloom
 from mxloom.backends.dataflow.graph import CONFIG
+from mxloom.backends.dataflow.verification import on_grid
+from mxloom.backends.reference import Interpreter
 from mxloom.compiler.command_line import main
 from mxloom.compiler.hardware import hardware
 from mxloom.dialects.errors import MxloomError, UsageError
@@ -59,6 +62,14 @@ def test_an_emitted_folder_is_whole_and_replaced_alone(
     assert main([*command[:-1], str(tmp_path / "own")]) != 0
     assert "holds files that are no emitted design; nothing was overwritten" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "own").iterdir()] == ["thesis.tex"]
+
+
+def test_positions_of_a_causal_layer_do_not_see_what_fills_up_a_sequence(typed: Path) -> None:
+    made = hardware(mxloom.load(typed), PART, positions=5)
+    interpreter = Interpreter(made.module, made.model.weights)
+    x = on_grid(torch.randn(1, 5, 192, generator=torch.Generator().manual_seed(0)), made.graph.inputs[0].point)
+    (whole,), (filled,) = interpreter(x), interpreter(torch.cat([x[:, :3], torch.zeros(1, 2, 192)], 1))
+    assert torch.equal(whole[:, :3], filled[:, :3]) and not torch.equal(whole, filled)
 
 
 def test_what_a_part_costs_is_told_site_by_site(typed: Path, capsys: pytest.CaptureFixture[str]) -> None:
