@@ -7,15 +7,16 @@ python benchmarks/hardware_cost_table.py --check  # fails where the coefficients
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from page import table, write_section
 
 from mxloom.backends.dataflow.cost.calibration import fit_all
-from mxloom.backends.dataflow.cost.designs import design_of, fit_designs, held_out_designs
-from mxloom.backends.dataflow.cost.energy import FGMP_PAPER_SAVING, FGMP_SWITCHED, fgmp_energies, fgmp_saving
-from mxloom.backends.dataflow.cost.measurements import own_measurements, read_measurements
-from mxloom.backends.dataflow.cost.model import Coefficients
+from mxloom.backends.dataflow.cost.designs import blind_designs, design_of, fit_designs, held_out_designs
+from mxloom.backends.dataflow.cost.energy import FGMP_PAPER_SAVING, fgmp_energies, fgmp_saving
+from mxloom.backends.dataflow.cost.measurements import Measurements, own_measurements, read_measurements
+from mxloom.backends.dataflow.cost.model import Coefficients, Errors
 from mxloom.dialects.errors import MxloomError
 
 PAGE = Path(__file__).parents[1] / "docs" / "hardware_cost.md"
@@ -31,8 +32,9 @@ def main() -> int:
         return int(file.read_text() != found.text())
     file.write_text(found.text(), encoding="utf-8")
     sections = {
-        "Errors by kind": errors(found),
-        "Held-out dot-product units": held_out(found, known),
+        "Errors by kind": errors(found, known),
+        "Blind dot-product units": f"{blind_errors(found, known)}\n\n{units(blind_designs(), found, known)}",
+        "Held-out dot-product units": units(held_out_designs(), found, known),
         "Mixed FP4 and FP8 (FGMP)": fgmp(known),
     }
     for heading, text in sections.items():
@@ -41,27 +43,55 @@ def main() -> int:
     return 0
 
 
-def errors(found: Coefficients) -> str:
+def errors(found: Coefficients, known: Measurements) -> str:
+    """Errors of what was fitted and of what was held out, by target, count and kind; sums in f32 on their own."""
     heads = ["target", "count", "kind", "fitted on", "mean %", "max %", "held out", "mean %", "max %"]
-    rows = [
-        [target, count, kind]
-        + [
-            text
-            for e in (fit.fitted, fit.held_out)
-            for text in (str(e.designs), f"{100 * e.mean:.1f}", f"{100 * e.largest:.1f}")
-        ]
-        for target, counts in found.fits.items()
-        for count, kinds in counts.items()
-        for kind, fit in kinds.items()
-    ]
+    rows: list[list[str]] = []
+    for target, counts in found.fits.items():
+        for count, kinds in counts.items():
+            for kind in kinds:
+                for name, part in parts(kind).items():
+                    lists = [[line for line in lines if part(line)] for lines in (fit_designs(), held_out_designs())]
+                    told = [errors_on(lines, found, known, target, count).told() for lines in lists]
+                    rows.append([target, count, name, *told[0], *told[1]])
     return table(heads, rows)
 
 
-def held_out(found: Coefficients, known: dict[tuple[str, str], dict[str, float]]) -> str:
+def parts(kind: str) -> dict[str, Callable[[str], bool]]:
+    """The lines of a kind, by the name that the table gives them."""
+    if kind not in ("dot", "contraction"):
+        return {kind: lambda line: line.startswith(f"{kind} ")}
+    return {
+        kind: lambda line: line.startswith(f"{kind} ") and "acc=f32" not in line,
+        f"{kind}, f32": lambda line: line.startswith(f"{kind} ") and "acc=f32" in line,
+    }
+
+
+def errors_on(lines: Sequence[str], found: Coefficients, known: Measurements, target: str, count: str) -> Errors:
+    """Relative errors on the designs that were measured on a target."""
+    each = [
+        abs(found.predict(design_of(line), target)[0][count] - value) / max(1.0, value)
+        for line in lines
+        if (line, target) in known
+        for value in (known[line, target][count],)
+    ]
+    return Errors(len(each), sum(each) / len(each), max(each)) if each else Errors()
+
+
+def blind_errors(found: Coefficients, known: Measurements) -> str:
+    rows = [
+        [f"{target} {count}", *errors_on(blind_designs(), found, known, target, count).told()]
+        for target, count in (*TARGETS, ("xc7_dsp", "FF"))
+    ]
+    return table(["count", "units", "mean %", "max %"], rows)
+
+
+def units(lines: Sequence[str], found: Coefficients, known: Measurements) -> str:
     """Predicted, measured, and the error in per cent, by unit and target."""
-    lines = [line for line in held_out_designs() if line.startswith("dot ")]
     rows: list[list[str]] = []
     for line in lines:
+        if not line.startswith("dot "):
+            continue
         row = [line.removeprefix("dot ")]
         for target, count in TARGETS:
             if (line, target) not in known:
@@ -73,15 +103,13 @@ def held_out(found: Coefficients, known: dict[tuple[str, str], dict[str, float]]
     return table(["unit", *(f"{target} {count}" for target, count in TARGETS)], rows)
 
 
-def fgmp(known: dict[tuple[str, str], dict[str, float]]) -> str:
-    """Energy of each mode relative to FP8 alone, the mixed unit's area overhead, the saving at 70 % of FP4 blocks."""
+def fgmp(known: Measurements) -> str:
+    """Energy of each mode beside FP8 alone, the saving at 70 % of FP4 blocks, the mixed unit's area overhead."""
     names = ("FP8 x FP8", "FP4 x FP8", "FP8 x FP4", "FP4 x FP4")
-    rows: list[list[str]] = []
-    for structure in FGMP_SWITCHED:
-        energies = fgmp_energies(structure)
-        modes = [f"{energies[mode]:.2f}" for mode in ("88", "48", "84", "44")]
-        rows.append([structure, *modes, f"{100 * fgmp_saving(0.7, structure):.1f} %"])
-    text = table(["multipliers", *names, "saved at 70 % FP4"], rows)
+    energies = fgmp_energies()
+    modes = [f"{energies[mode]:.2f}" for mode in ("88", "48", "84", "44")]
+    heads = ["energy per product, FP8 alone 1", *names, "saved at 70 % FP4"]
+    text = table(heads, [["FP4 and FP8", *modes, f"{100 * fgmp_saving(0.7):.1f} %"]])
     counts = [(target, count) for target, count in TARGETS if count != "FF"]
     areas: list[list[str]] = []
     for target, count in counts:

@@ -98,7 +98,8 @@ def _fit(learnt: Sequence[str], tested: Sequence[str], target: str, count: str, 
     rows = [features_on(design_of(design), target) for design in learnt]
     seen = [known[design, target][count] for design in learnt]
     weights = {name: round(weight, 4) for name, weight in fitted(rows, seen).items()}
-    range = {name: (min(row[name] for row in rows), max(row[name] for row in rows)) for name in weights}
+    columns = {name: [row.get(name, 0.0) for row in rows] for name in weights}
+    range = {name: (min(column), max(column)) for name, column in columns.items()}
     bare = Fit(weights, Errors())
     others = [(features_on(design_of(design), target), known[design, target][count]) for design in tested]
     return Fit(weights, _errors(bare, zip(rows, seen, strict=True)), _errors(bare, others), range)

@@ -3,8 +3,9 @@
 A feature counts one-bit cells of one sort: `multiplier` pairs of bits that meet in multipliers, `shifter`
 multiplexers of barrel shifters, `adder` bits of adders, `negation` bits that are negated or chosen, `register`
 flip-flops that hold numbers, `delay` those that only carry something to a later stage, `table` bits of constant tables,
-`control` bits of counters, `window` bits of an accumulator that saturates, `float_adder` adders of f32, whose parts are
-counted by the others, and `constant` the design itself.
+`control` bits of counters, `window` bits of an accumulator that saturates, `float_adder` whole adders of f32 and other
+`float_...` what stands around them, `rounding` bits of numbers that are rounded under no scale, `block` what finds a
+block's scale, and `constant` the design itself.
 """
 
 from __future__ import annotations
@@ -267,8 +268,11 @@ def _(design: Contraction) -> Features:
     if design.dynamic:
         words += [design.columns * design.steps, design.rows, design.groups * design.steps]
     serial = design.copies * design.result.width if design.copies > 1 else 0
+    accumulator = design.unit.accumulator
+    # Sums in f32 come out of their units in the result's format.
+    rounded = accumulator.total_bits + design.result.width if isinstance(accumulator, Window) else 0
     return {
-        "adder": design.copies * (design.unit.accumulator.total_bits + design.result.width),
+        "adder": design.copies * rounded,
         "register": serial + design.result.width,
         "control": sum(address_bits(depth) for depth in words if depth > 1),
         "constant": 1.0,
@@ -278,14 +282,19 @@ def _(design: Contraction) -> Features:
 @features.register
 def _(design: Quantize) -> Features:
     given, code = design.given.width, design.code
-    element = code.elements[0]
-    shifter = 0.0 if code.scale is None else given * (bits_above(given) if element.is_fixed else 2 * bits_above(given))
-    return {
-        "shifter": shifter,
-        "adder": (4 if code.scale else 1) * given + code.code_bits,
+    found: Features = {
         "register": (design.lanes - 1) * code.code_bits + design.outputs["out"],
-        "control": address_bits(design.block) * 4 + address_bits(design.lanes) + address_bits(design.blocks),
+        "control": address_bits(design.lanes) + address_bits(design.blocks),
         "constant": 1.0,
+    }
+    if code.scale is None:
+        return {**found, "rounding": given + code.code_bits}
+    return {
+        **found,
+        "shifter": given * (bits_above(given) if code.elements[0].is_fixed else 2 * bits_above(given)),
+        "adder": 4 * given + code.code_bits,
+        "control": found["control"] + address_bits(design.block) * 4,
+        "block": 1.0,
     }
 
 

@@ -39,6 +39,7 @@ _GATES = (
 )
 _SCRIPTS = {
     "nand2": _GATES + "abc -g cmos; opt_clean -purge; tee -q -o {found} stat -tech cmos -json",
+    "netlist": _GATES + "abc -g cmos; opt_clean -purge; write_json {found}",
     "liberty": _GATES
     + "dfflibmap -liberty {liberty}; abc -liberty {liberty}; opt_clean -purge; "
     + "tee -q -o {found} stat -liberty {liberty} -json",
@@ -97,6 +98,11 @@ def _gates(text: str, liberty: Path | None) -> dict[str, float]:
     return {"NAND2": transistors / TRANSISTORS, "FF": cells.get("$_DFF_P_", 0)}
 
 
+def netlist(text: str) -> dict[str, Any]:
+    """The gates and flip-flops of a design, those that `nand2` counts, as Yosys writes modules in JSON."""
+    return _found(text, "netlist")["modules"][TOP]
+
+
 def nand_area(liberty: Path) -> float:
     """The area of the smallest NAND gate with two inputs in a Liberty file. Raises MxloomError without one."""
     text = liberty.read_text(encoding="utf-8", errors="replace")
@@ -144,6 +150,12 @@ def yosys() -> list[str]:
 
 def _run(text: str, script: str, liberty: Path | None = None) -> tuple[dict[str, int], dict[str, Any]]:
     """(cells by type, the whole design's statistics)."""
+    design = _found(text, script, liberty)["design"]
+    return design["num_cells_by_type"], design
+
+
+def _found(text: str, script: str, liberty: Path | None = None) -> dict[str, Any]:
+    """What a script of Yosys writes."""
     command = yosys()
     with TemporaryDirectory(prefix="mxloom-") as folder:
         Path(folder, "design.sv").write_text(text)
@@ -153,9 +165,8 @@ def _run(text: str, script: str, liberty: Path | None = None) -> tuple[dict[str,
         report = _called([*command, "-q", "-p", _SCRIPTS[script].format(**given)], folder)
         file = Path(folder, "found.json")
         if not file.exists():
-            raise MxloomError(f"Yosys wrote no statistics: {report[-600:]}")
-        design = json.loads(file.read_text())["design"]
-    return design["num_cells_by_type"], design
+            raise MxloomError(f"Yosys wrote no result: {report[-600:]}")
+        return json.loads(file.read_text())
 
 
 def _called(command: Sequence[str], folder: str) -> str:

@@ -1,5 +1,7 @@
 """What stages and designs cost: sums over units, energies of formats."""
 
+import json
+
 import pytest
 
 from mxloom.backends.dataflow.cost.designs import (
@@ -7,6 +9,7 @@ from mxloom.backends.dataflow.cost.designs import (
     quick_designs,
 )
 from mxloom.backends.dataflow.cost.energy import (
+    SWITCHING,
     fgmp_energies,
     fgmp_saving,
     mac_energy,
@@ -16,6 +19,9 @@ from mxloom.backends.dataflow.cost.stages import StageCost, stage_cost, total
 from mxloom.backends.dataflow.stages.contraction import Contraction
 
 from .cost_designs import stage
+
+MEASURED = json.loads(SWITCHING.read_text())
+PAIRS = MEASURED["pairs"]
 
 
 def test_a_contraction_is_its_units_and_its_control() -> None:
@@ -27,7 +33,7 @@ def test_a_contraction_is_its_units_and_its_control() -> None:
     assert cost.nand2 == pytest.approx(coefficients().predict(four, "nand2")[0]["NAND2"] + 4 * each)
     assert cost.asap7_um2 == pytest.approx(cost.nand2 * 0.05832)
     assert cost.macs == stage_cost(one).macs == 16 * 32 * 64
-    assert cost.energy_pj["macs"] == pytest.approx(16 * 32 * 64 * 243.9 / 695.6 * 0.23)
+    assert cost.energy_pj["macs"] == pytest.approx(16 * 32 * 64 * PAIRS["int4 int4"] / PAIRS["int8 int8"] * 0.23)
     # Codes of 4 bits, scales of 8 for every 32, and two rows of 8 beats of 8 codes and a scale.
     assert cost.memory_bits == {"weights": 32 * 64 * 4 + 32 * 2 * 8, "rows": 2 * 8 * (8 * 4 + 8)}
     assert cost.fpga["ecp5"]["DSP"] == 4 * 8
@@ -43,19 +49,22 @@ def test_totals_add_up() -> None:
 
 
 def test_energies_of_formats() -> None:
-    relative = {name: round(mac_energy(operand(name), operand(name)).relative, 2) for name in
-                ("int8", "e4m3", "e2m3", "e3m2", "e2m1", "int4")}  # fmt: skip
-    assert relative == {"int8": 1.0, "e4m3": 0.89, "e2m3": 0.67, "e3m2": 0.6, "e2m1": 0.36, "int4": 0.35}
-    int8 = mac_energy(operand("int8"), operand("int8"))
-    assert int8.picojoules == pytest.approx(0.2 + 0.03) and not int8.interpolated
+    for name in ("int8", "e4m3", "e2m3", "e3m2", "e2m1", "int4"):
+        found = mac_energy(operand(name), operand(name))
+        assert found.relative == pytest.approx(PAIRS[f"{name} {name}"] / PAIRS["int8 int8"]) and not found.interpolated
+    # Horowitz: an 8-bit multiplication and an 8-bit addition.
+    assert mac_energy(operand("int8"), operand("int8")).picojoules == pytest.approx(0.2 + 0.03)
     assert mac_energy(operand("int8"), operand("int4")) == mac_energy(operand("int4"), operand("int8"))
-    between = mac_energy(operand("int5"), operand("int5"))
-    assert between.interpolated and 243.9 / 695.6 < between.relative < 446.7 / 695.6
+    four, five, six = (mac_energy(operand(name), operand(name)) for name in ("int4", "int5", "int6"))
+    assert five.interpolated and four.relative < five.relative < six.relative < 1
 
 
 def test_fgmp_saving_is_the_mix_of_its_modes() -> None:
-    energy = fgmp_energies()
-    assert energy["44"] == pytest.approx(510.4 / 616.2)
-    expected = 0.49 * 510.4 + 0.42 * (598.8 + 587.4) / 2 + 0.09 * 646.1
-    assert fgmp_saving(0.7) == pytest.approx(1 - expected / 616.2)
-    assert fgmp_saving(0.0) == pytest.approx(1 - 646.1 / 616.2)
+    modes, pure = MEASURED["fgmp"], PAIRS["e4m3 e4m3"]
+    assert fgmp_energies() == pytest.approx({mode: value / pure for mode, value in modes.items()})
+    expected = 0.49 * modes["44"] + 0.42 * (modes["48"] + modes["84"]) / 2 + 0.09 * modes["88"]
+    assert fgmp_saving(0.7) == pytest.approx(1 - expected / pure)
+    assert fgmp_saving(0.0) == pytest.approx(1 - modes["88"] / pure)
+    # FP4 switches less than FP8 in the same unit, and a unit for both more than one for FP8 alone.
+    assert modes["44"] < min(modes["48"], modes["84"]) < max(modes["48"], modes["84"]) < modes["88"]
+    assert pure < modes["88"]
