@@ -109,7 +109,10 @@ def extreme(encoded: Encoded, code: OperandCode, seed: int) -> Encoded:
 def operand(type: Any, shape: tuple[int, int], seed: int) -> tuple[Encoded | MixedBlocks, Any]:
     """(a matrix, what the definition of sums reads of it)."""
     if not isinstance(type, MixedType):
-        made = extreme(random_operand(type, shape, seed, "ordinary"), operand_code(type, shape[1]), seed)
+        code = operand_code(type, shape[1])
+        # Ordinary numbers are at most about 2^9 in every format, so that most sums stay within the window.
+        middle = 127 - (code.elements[0].largest.bit_length() - 1 + code.elements[0].unit)
+        made = extreme(random_operand(type, shape, seed, (middle - 9, middle + 9)), code, seed)
         return made, coded_tensor(made)
     low, high = (operand(part, shape, seed + 7 * i)[0] for i, part in enumerate((type.low, type.high)))
     assert isinstance(low, Encoded) and isinstance(high, Encoded)
@@ -172,7 +175,8 @@ def products(a: str, b: str, beats: int, accumulator: str = "window") -> Example
             total = windowed_codes(left, right, None, *WINDOW)
         expected.append(requantized((total * 2.0 ** -WINDOW[1]).long(), -WINDOW[1], RESULT))
     found = torch.stack(expected)
-    assert len(found.unique()) > 50, "results that are all alike show little"
+    plain = (found != 0) & (found.abs() < (1 << (RESULT.width - 1)) - 1)
+    assert plain.double().mean() > 0.2, "results that are zero or saturate show little"
     out = codes_of(found, RESULT.width)
     return Example(stage, {stream: np.concatenate(parts) for stream, parts in given.items()}, {"out": out})
 
