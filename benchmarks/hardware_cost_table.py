@@ -14,7 +14,7 @@ from page import table, write_section
 
 from mxloom.backends.dataflow.cost.calibration import fit_all
 from mxloom.backends.dataflow.cost.designs import blind_designs, design_of, fit_designs, held_out_designs
-from mxloom.backends.dataflow.cost.energy import FGMP_PAPER_SAVING, fgmp_energies, fgmp_saving
+from mxloom.backends.dataflow.cost.energy import FGMP_PAPER_SAVING, INT8_MAC, fgmp_energies, fgmp_saving, switching
 from mxloom.backends.dataflow.cost.measurements import Measurements, own_measurements, read_measurements
 from mxloom.backends.dataflow.cost.model import Coefficients, Errors
 from mxloom.dialects.errors import MxloomError
@@ -35,6 +35,7 @@ def main() -> int:
         "Errors by kind": errors(found, known),
         "Blind dot-product units": f"{blind_errors(found, known)}\n\n{units(blind_designs(), found, known)}",
         "Held-out dot-product units": units(held_out_designs(), found, known),
+        "Energy of a product, by pair of formats": energies(),
         "Mixed FP4 and FP8 (FGMP)": fgmp(known),
     }
     for heading, text in sections.items():
@@ -101,6 +102,16 @@ def units(lines: Sequence[str], found: Coefficients, known: Measurements) -> str
             row.append(f"{predicted:.0f} / {measured:.0f} ({100 * (predicted / measured - 1):+.0f})")
         rows.append(row)
     return table(["unit", *(f"{target} {count}" for target, count in TARGETS)], rows)
+
+
+def energies() -> str:
+    """What a unit switches for each multiply-accumulate, relative to INT8, and in picojoules."""
+    pairs = switching().pairs
+    rows = [
+        [" x ".join(pair), f"{value / pairs['int8', 'int8']:.2f}", f"{value / pairs['int8', 'int8'] * INT8_MAC:.3f}"]
+        for pair, value in pairs.items()
+    ]
+    return table(["elements", "relative to INT8", "pJ (45 nm)"], rows)
 
 
 def fgmp(known: Measurements) -> str:

@@ -24,6 +24,7 @@ from mxloom.backends.dataflow.cost.features import (
 )
 from mxloom.backends.dataflow.dot_product import DotProduct
 from mxloom.backends.dataflow.float_sum import FloatSum
+from mxloom.backends.dataflow.floats import ADD_STEPS
 from mxloom.backends.dataflow.stages.contraction import Contraction
 from mxloom.backends.dataflow.stages.pointwise import Binary
 from mxloom.backends.dataflow.window import Window
@@ -150,3 +151,31 @@ def test_dsp_blocks() -> None:
     assert dsp_blocks((Multiplier(24, 24, 3),), "ecp5") == 12
     assert dsp_blocks((Multiplier(4, 4),), "xc7_dsp") == 0  # 8 bits of a product are too few
     assert dsp_blocks((Multiplier(25, 18),), "xc7") == 0
+
+
+def test_features_of_sums_in_f32_by_hand() -> None:
+    line = "dot a=int8 b=int8 lanes=8 segment=32 acc=f32 partials=4 segments=6 result=24"
+    found, window = features(unit(line)), features(unit("dot a=int8 b=int8 lanes=8 segment=32 window=32"))
+    # Three additions follow the partial sums; six segments of 4 beats leave time for all of them in one adder.
+    assert found["float_adder"] == 2
+    assert found["float_delay"] == 32 * ADD_STEPS * 3
+    # Four partial sums, the result, and the exact sum of 21 bits.
+    assert found["float_register"] == 4 * 32 + 24 + 21
+    assert found["float_shifter"] == 5 * 21
+    # Before the accumulator both units are the same; a window's registers are left out.
+    assert found["adder"] == window["adder"] and found["register"] == window["register"] - 3 * 32
+    assert found["window"] == 0
+
+
+def test_numbers_under_no_scale_have_no_block_to_look_at() -> None:
+    scaled, plain = (
+        features(design_of(f"quantize given=24 to={code} lanes=16 size=64")) for code in ("int8", "int8:none")
+    )
+    assert plain["rounding"] == 24 + 8 and "block" not in plain and "shifter" not in plain
+    assert scaled["block"] == 1 and "rounding" not in scaled and scaled["adder"] == 4 * 24 + 8
+
+
+def test_sums_in_f32_leave_their_unit_in_the_result_s_format() -> None:
+    line = "contraction a=int8 b=int8 lanes=8 segment=32 columns=32 size=192 copies=2 result=24 "
+    assert features(design_of(f"{line} acc=f32 partials=4"))["adder"] == 0
+    assert features(design_of(f"{line} window=32"))["adder"] == 2 * (32 + 24)
