@@ -38,7 +38,7 @@ def arc_model(text: str) -> ArcModel:
     return ArcModel(found["top"], ports, found["bytes"], found["llvm"])
 
 
-def _run(kind: str, text: str, seconds: float = SECONDS) -> str:
+def _run(kind: str, text: str) -> str:
     if find_spec("pycde") is None:
         raise MxloomError(
             'hardware is printed and simulated by CIRCT, which is not installed: pip install "mxloom[hardware]"'
@@ -48,11 +48,9 @@ def _run(kind: str, text: str, seconds: float = SECONDS) -> str:
         source.write_text(text)
         command = [sys.executable, "-m", f"{__package__}._circt_worker", kind, str(source), str(target)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         except subprocess.TimeoutExpired:
-            raise MxloomError(
-                f"CIRCT took more than {seconds:.0f} s for {len(text)} characters of hw; stopped"
-            ) from None
+            raise MxloomError(f"CIRCT took more than {SECONDS:g} s for {len(text)} characters of hw; stopped") from None
         if done.returncode != 0 or not target.exists():
             raise MxloomError(_explained(done.returncode, done.stderr))
         return target.read_text()
@@ -63,7 +61,7 @@ def _explained(status: int, output: str) -> str:
     lines = [line for line in output.splitlines() if line.strip()]
     steps = [line.removeprefix("step: ") for line in lines if line.startswith("step: ")]
     said = [line for line in lines if not line.startswith("step: ")]
-    how = f"ended by signal {-status}" if status < 0 else "refused the design"
+    how = f"ended by signal {-status}" if status < 0 else "refused the design" if status else "gave nothing"
     where = f" in step {steps[-1]}" if steps else ""
     errors = [line for line in said if "error" in line.lower() or "assert" in line.lower()] or said[-3:]
     return f"CIRCT {how}{where}: {' '.join(errors[:3])[:600]}"

@@ -28,13 +28,17 @@ wait_order wand weak weak0 weak1 while wildcard wire with within wor xnor xor
 RESERVED = frozenset(_WORDS.split())
 """IEEE 1800-2017, annex B, table B.1."""
 
-_OURS = frozenset(("clk", "rst", "load"))
+_OWN_WORDS = "clk rst load bench dut cycle mismatches violations tail seed rounds STALL LIMIT"
+_OURS = frozenset(_OWN_WORDS.split())
+"""What a design and its test bench declare themselves."""
+_ENDINGS = ("_valid", "_ready", "_words", "_place", "_takes", "_waits", "_before")
+"""What they put behind the name of a stream for signals of its own."""
 
 
 def port_name(text: str) -> str:
-    """`text` as the name of a stream: a Verilog identifier, no reserved word, none of the design's own ports."""
+    """`text` as the name of a stream: a Verilog identifier, no reserved word, none of the design's own names."""
     name = identifier(text).strip("_") or "stream"
     if name[0].isdigit():
         name = f"s{name}"
-    clashes = name in RESERVED or name in _OURS or name.endswith(("_valid", "_ready"))
+    clashes = name in RESERVED or name in _OURS or name.endswith(_ENDINGS)
     return f"{name}_stream" if clashes else name

@@ -14,7 +14,7 @@ from xdsl.ir import Attribute, SSAValue
 from ...dialects.errors import MxloomError
 from ...dialects.formats import FixedType, is_wide, quantize
 from ...dialects.integer import Point
-from ...dialects.names import identifier
+from ...dialects.names import identifier, unique
 from ...dialects.operations._operation import Operation
 from ...dialects.operations._shapes import element_of, shape_of, text
 from ...dialects.operations._values import path_of
@@ -90,6 +90,7 @@ def lower(module: ModuleOp, weights: Weights) -> Graph:
     refused: list[str] = []
     for argument in block.args:
         name = port_name(argument.name_hint or f"input_{argument.index}")
+        name = unique(name, lambda each: any(each == other.name for other in design.graph.inputs))
         boundary = Boundary(name, _input_point(argument), shape_of(argument))
         design.graph.inputs.append(boundary)
         design.flows[argument] = Flow.whole(Place("", name), boundary.point, boundary.shape)
