@@ -37,11 +37,14 @@ def run(args: argparse.Namespace) -> int:
     if liberty is not None and not liberty.is_file():
         raise UsageError(f"{liberty}: there is no such file")
     check_writable(out)  # Yosys runs for minutes or hours
+    measurements = Path(args.measurements) if args.measurements else None
+    if measurements is not None and measurements.resolve() == out.resolve():
+        raise UsageError(f"{out}: --out and --measurements are two files; give them two names")
     found = calibrate(
         quick=args.quick,
         liberty=liberty,
         jobs=jobs,
-        measurements=Path(args.measurements) if args.measurements else None,
+        measurements=measurements,
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
     write_file(out, found.text())

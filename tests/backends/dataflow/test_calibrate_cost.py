@@ -102,6 +102,7 @@ def test_what_cannot_be_written_is_told_before_the_runs(
         (["--out", "/proc/mine.json"], "/proc/mine.json cannot be written"),
         (["--out", str(out), "--measurements", str(folder / "runs.jsonl")], "results cannot be added"),
         (["--out", str(out), "--measurements", str(tmp_path)], f"{tmp_path}: "),
+        (["--out", str(out), "--measurements", str(out)], "--out and --measurements are two files"),
     ):
         assert main(["calibrate-cost", "--quick", *options]) == 2
         assert message in capsys.readouterr().err
