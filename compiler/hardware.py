@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from ..backends.dataflow.cost.design import design_cost, resources
 from ..backends.dataflow.folding import Limits
 from ..backends.dataflow.graph import Graph
 from ..backends.dataflow.keywords import RESERVED
+from ..backends.dataflow.placement import loaded_bytes, next_streamed
 from ..backends.dataflow.rtl import circuit_text
 from ..backends.dataflow.sizing import fit
 from ..backends.dataflow.timing import Timing
 from ..backends.dataflow.verification import Vectors, vectors
-from ..dialects.arguments import came
+from ..dialects.arguments import came, whole_number
 from ..dialects.errors import MxloomError, UsageError, shortened
 from ..dialects.names import identifier
 from ._atomic import new_folder
@@ -117,17 +119,49 @@ def hardware(
     name: str | None = None,
     positions: int = POSITIONS,
     limits: Limits | None = None,
+    memory: int | None = None,
 ) -> Hardware:
     """The design of a model or of the `part` of it that a module's name stands for (model.layers.0).
 
-    It takes one sequence of so many `positions`. Raises UsageError for a name that Verilog does not take, a part that
-    is not there and limits that no folding meets, and MxloomError naming every operation that has no hardware.
+    It takes one sequence of so many `positions`. With `memory` at most so many bytes are loaded before it works: the
+    largest weights of linear layers are streams of the design instead, and come once for each input. Raises UsageError
+    for a name that Verilog does not take, a part that is not there and limits that nothing meets, and MxloomError
+    naming every operation that has no hardware.
     """
     name = checked_name(name, part)
+    if memory is not None:
+        whole_number("memory", memory, 0, 2**50)
     model = StaticModel.of(compiled, positions)
-    module, inputs, graph = model.lowered(part)
-    timing = fit(graph, limits or Limits(), resources)
+    module, inputs, graph, timing = _placed(model, part, limits or Limits(), memory)
     return Hardware(model, name, part, positions, module, inputs, graph, timing, model.assumed_of(part))
+
+
+def _placed(
+    model: StaticModel, part: str | None, limits: Limits, memory: int | None
+) -> tuple[ModuleOp, list[SSAValue], Graph, Timing]:
+    """A part's module, its inputs and its stages, folded, with the largest weights outside where memory has an end."""
+    streamed = frozenset[str]()
+    most = inf if memory is None else memory
+    while True:
+        module, inputs, graph = model.lowered(part, streamed)
+        outside = next_streamed(graph, most)
+        if not outside:
+            _check_memory(graph, part, most)
+            timing = fit(graph, limits, resources)
+            outside = next_streamed(graph, most)  # rows of weights are filled up to the units of a folding
+            if not outside:
+                return module, inputs, graph, timing
+        streamed |= {*outside}
+
+
+def _check_memory(graph: Graph, part: str | None, most: float) -> None:
+    """Raise UsageError where what must stand on the chip does not fit."""
+    needed = ceil(loaded_bytes(graph))
+    if needed > most:
+        raise UsageError(
+            f"{most:,.0f} bytes on chip are too few for {part or 'the model'}: with the weight of every linear layer "
+            f"outside, norms, biases and angles take {needed:,}; the nearest is --memory {needed}"
+        )
 
 
 def checked_name(name: str | None, part: str | None) -> str:

@@ -40,8 +40,13 @@ class StaticModel:
         whole_number("sequence", positions, 1, 65536)
         return cls(compiled, *static(compiled.module, compiled.weights, compiled.sizes(1, positions)))
 
-    def lowered(self, part: str | None) -> tuple[ModuleOp, list[SSAValue], Graph]:
-        """(the module of a part, the model's values that it takes in, its stages with their forks and queues)."""
+    def lowered(
+        self, part: str | None, streamed: frozenset[str] = frozenset()
+    ) -> tuple[ModuleOp, list[SSAValue], Graph]:
+        """(the module of a part, the model's values that it takes in, its stages with their forks and queues).
+
+        The weights of the linear layers at the sites `streamed` come from outside.
+        """
         module = self.module.clone()
         inputs: list[SSAValue] = list(body(self.module).args)
         if part is not None:
@@ -50,7 +55,7 @@ class StaticModel:
             extract.apply(CompileContext(weights=self.weights), module)
             module.verify()
         try:
-            graph = lower(module, self.weights)
+            graph = lower(module, self.weights, streamed)
         except MxloomError as error:
             raise MxloomError(f"{error}{_hint(self.compiled, part)}") from None
         graph.add_forks()

@@ -56,7 +56,7 @@ _INPUT = """
   integer {name}_place = 0;
   reg {name}_valid = 0;
   wire {name}_ready;
-  wire [{top}:0] {name} = {name}_words[{name}_place < {count} ? {name}_place : {last}];
+  wire [{top}:0] {name} = {name}_words[{index}];
   wire {name}_takes = {name}_valid && {name}_ready;
 {reads}
   always @(posedge clk) begin
@@ -136,11 +136,14 @@ def test_bench(
 ) -> str:
     """The Verilog text; `counts` gives the beats of each stream's vectors, `limit` the cycles before it gives up.
 
+    A weight that comes from outside is sent again for each input.
+
     With several `folders` the design is loaded and works once for each, with as many beats, and reads what came out
     before. The words of its first input alone come from a file.
     """
     parts, rounds = [_HEAD.format(top=design, limit=limit)], len(folders)
     loads = CONFIG in graph.input_streams
+    weights = {each.name: len(each.words) for each in graph.streamed}
     for name, width in graph.input_streams.items():
         until = str(counts[name])
         if rounds > 1:
@@ -151,7 +154,12 @@ def test_bench(
         elif name != CONFIG and loads:
             until = f"({CONFIG}_place == {counts[CONFIG]} ? {until} : 0)"
         files = folders if name == CONFIG else folders[:1]
-        parts.append(_stream(_INPUT, name, width, counts[name], rounds, files, until=until))
+        total = rounds * counts[name]
+        kept = weights.get(name, total)
+        index = f"{name}_place < {total} ? {name}_place : {max(total - 1, 0)}"
+        if kept < total:
+            index = f"{name}_place % {kept}"
+        parts.append(_stream(_INPUT, name, width, kept // rounds, rounds, files, until=until, index=index))
     for name, width in graph.output_streams.items():
         parts.append(_stream(_OUTPUT, name, width, counts[name], rounds, folders))
     if rounds > 1:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import CLOCK, VECTORS, test_bench
 from .circt import export_verilog
-from .graph import CONFIG, Boundary, Graph
+from .graph import CONFIG, Boundary, Graph, WeightStream
 from .rounds import Round
 from .rtl import circuit_text
 from .simulation.verilator import MAKE_FLAGS
@@ -85,8 +85,10 @@ def files_of_rounds(graph: Graph, name: str, rounds: Mapping[str, Round], told: 
         beats = {**each.vectors.inputs, **each.vectors.outputs}
         if CONFIG in widths:
             beats[CONFIG] = each.configuration
-        found |= {f"{folder}/{stream}.mem": memory_text(words, widths[stream]) for stream, words in beats.items()}
         counts = {stream: len(words) for stream, words in beats.items()}
+        counts |= {weight.name: each.vectors.runs * len(weight.words) for weight in graph.streamed}
+        beats |= {weight.name: weight.words for weight in graph.streamed}
+        found |= {f"{folder}/{stream}.mem": memory_text(words, widths[stream]) for stream, words in beats.items()}
     first = next(iter(rounds.values())).vectors
     limit = 40 * sum(counts.values()) + 40 * first.runs * sum(n.stage.cycles for n in graph.nodes.values())
     limit = min(1000 + len(rounds) * limit, 2_000_000_000)
@@ -114,6 +116,7 @@ def interface(graph: Graph, name: str, vectors: Vectors, told: dict[str, Any]) -
         "protocol": "a beat passes at a rising edge with valid and ready both 1; valid and data stay until then",
         "inputs": [_boundary(each) for each in graph.inputs],
         "outputs": [_boundary(each) for each in graph.outputs],
+        "weights": [_weight(each) for each in graph.streamed],
         "configuration": _configuration(graph),
         "stages": [
             {
@@ -137,6 +140,21 @@ def _boundary(each: Boundary) -> dict[str, Any]:
         "bits": each.point.width,
         "shape": list(each.shape),
         "order": "row-major, one number a beat",
+    }
+
+
+def _weight(each: WeightStream) -> dict[str, Any]:
+    """A weight that comes from outside."""
+    lanes, code, side = each.codes
+    return {
+        "stream": each.name,
+        "site": each.site,
+        "bits": each.width,
+        "beats": len(each.words),
+        "bytes": each.bits / 8,
+        "layout": f"{lanes} codes of {code} bits, the first lowest, then {side} bits of their block (scale, then kind)",
+        "order": "row after row along the sum; all of it once for each input",
+        "file": f"{VECTORS}/{each.name}.mem",
     }
 
 

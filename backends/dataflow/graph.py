@@ -58,6 +58,25 @@ class Boundary:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class WeightStream:
+    """A weight that comes from outside, whole for each input: `words` (uint8 [beats, bytes]) of `width` bits.
+
+    `site` is its operation's place in the model; `codes` says what a beat holds: lanes, bits of each, bits beside them.
+    """
+
+    name: str
+    width: int
+    words: ndarray
+    site: str
+    codes: tuple[int, int, int]
+
+    @property
+    def bits(self) -> int:
+        """Bits that pass for one input."""
+        return len(self.words) * self.width
+
+
 class Graph:
     """Stages by name, and edges from one stream to another."""
 
@@ -66,6 +85,7 @@ class Graph:
         self.sources: dict[Place, Place] = {}
         """For each stream that a stage reads (or the design gives), the stream that it comes from."""
         self.inputs: list[Boundary] = []
+        self.streamed: list[WeightStream] = []
         self.outputs: list[Boundary] = []
 
     def add(self, kind: str, stage: Stage, site: str, fill: Fill | None = None) -> Node:
@@ -93,12 +113,15 @@ class Graph:
     def width(self, source: Place) -> int:
         """Bits of a beat of a stream that something reads."""
         if not source.node:
-            return next(each.point.width for each in self.inputs if each.name == source.stream)
+            return self.input_streams[source.stream]
         return self.nodes[source.node].stage.outputs[source.stream]
 
     def beats(self, source: Place) -> int:
         """Beats of a stream for one input of the design."""
         if not source.node:
+            weight = next((each for each in self.streamed if each.name == source.stream), None)
+            if weight is not None:
+                return len(weight.words)
             boundary = next(each for each in self.inputs if each.name == source.stream)
             count = 1
             for size in boundary.shape:
@@ -191,9 +214,10 @@ class Graph:
 
     @property
     def input_streams(self) -> dict[str, int]:
-        """Widths of the design's input streams, the configuration's first."""
+        """Widths of the design's input streams: the configuration's first, weights last."""
         own = {CONFIG: self.word_width + self.number_width} if self.loaded else {}
-        return own | {each.name: each.point.width for each in self.inputs}
+        own |= {each.name: each.point.width for each in self.inputs}
+        return own | {each.name: each.width for each in self.streamed}
 
     @property
     def output_streams(self) -> dict[str, int]:
@@ -219,7 +243,8 @@ class _Assembly:
     def build(self) -> Module:
         for node in self.graph.nodes.values():
             self._place(node)
-        ready = {boundary.name: self._join_input(boundary) for boundary in self.graph.inputs}
+        outside = [each.name for each in (*self.graph.inputs, *self.graph.streamed)]
+        ready = {name: self._join_input(name) for name in outside}
         out: dict[str, tuple[Signal, Signal]] = {}
         for target, source in self.graph.sources.items():
             if target.node:
@@ -257,8 +282,8 @@ class _Assembly:
     def _data(self, source: Place) -> Signal:
         return self.signals[source.node][source.stream] if source.node else self.top[source.stream]
 
-    def _join_input(self, boundary: Boundary) -> Signal:
-        readers = [t for t, s in self.graph.sources.items() if s == Place("", boundary.name)]
+    def _join_input(self, name: str) -> Signal:
+        readers = [t for t, s in self.graph.sources.items() if s == Place("", name)]
         if not readers:
             return self.top.constant(1, 1)
         (reader,) = readers

@@ -71,9 +71,13 @@ def rows_of_kinds(mixed: MixedBlocks, code: OperandCode, padded: int) -> Rows:
 
 def packed(numbers: ndarray, width: int) -> ndarray:
     """The last dimension's numbers of `width` bits side by side, the first lowest: uint8 [..., bytes]."""
+    return np.packbits(bits_of(numbers, width), axis=-1, bitorder="little")
+
+
+def bits_of(numbers: ndarray, width: int) -> ndarray:
+    """The bits of the last dimension's numbers of `width` bits side by side, the lowest first: uint8 [..., bits]."""
     bits = (numbers[..., None] >> np.arange(width)) & 1
-    flat = bits.astype(np.uint8).reshape(*numbers.shape[:-1], -1)
-    return np.packbits(flat, axis=-1, bitorder="little")
+    return bits.astype(np.uint8).reshape(*numbers.shape[:-1], -1)
 
 
 def widened(parts: Sequence[ndarray], width: int) -> ndarray:

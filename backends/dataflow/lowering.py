@@ -46,9 +46,13 @@ def lowers(*names: str) -> Callable[[Lowering], Lowering]:
 
 @dataclass
 class Design:
-    """A design in the making: its stages so far, where values are found, and the quantizers that readers share."""
+    """A design in the making: its stages so far, where values are found, and the quantizers that readers share.
+
+    `streamed` names the linear layers whose weights come from outside.
+    """
 
     weights: Weights
+    streamed: frozenset[str] = frozenset()
     graph: Graph = field(default_factory=Graph)
     flows: dict[SSAValue, Flow] = field(default_factory=dict)
     quantized: dict[tuple[Any, ...], Place] = field(default_factory=dict)
@@ -78,15 +82,16 @@ class Design:
         self.flows[value] = Flow.whole(place, point_of(value, operation), shape_of(value))
 
 
-def lower(module: ModuleOp, weights: Weights) -> Graph:
+def lower(module: ModuleOp, weights: Weights, streamed: frozenset[str] = frozenset()) -> Graph:
     """The design of a module whose shapes are all known and whose values are fixed point or of narrow formats.
 
+    The weights of the linear layers whose sites (`Node.site`) are `streamed` come from outside.
     Raises MxloomError, naming the operation and its place in the model, for all that has no hardware, at once.
     """
     from . import lowerings  # noqa: F401  (fills LOWERINGS)
 
     block = body(module)
-    design = Design(weights)
+    design = Design(weights, streamed)
     refused: list[str] = []
     for argument in block.args:
         name = port_name(argument.name_hint or f"input_{argument.index}")
@@ -123,7 +128,7 @@ def _skip(design: Design, operation: Any) -> None:
 
 def _outputs(design: Design, operation: ReturnOp) -> None:
     graph = design.graph
-    taken: set[str] = {boundary.name for boundary in graph.inputs}
+    taken: set[str] = {each.name for each in (*graph.inputs, *graph.streamed)}
     for index, value in enumerate(operation.arguments):
         base = port_name(path_of(value) or f"output_{index}")
         name = next(n for n in (base, *(f"{base}_out{i}" for i in range(index + 2))) if n not in taken)

@@ -168,6 +168,8 @@ class _Network:
             if link is not None:
                 self.inputs[boundary.name] = link
                 self.awake.append(_source(link, runs * graph.beats(Place("", boundary.name))))
+        for weight in graph.streamed:
+            self.awake.append(_source(readers[Place("", weight.name)], runs * len(weight.words)))
         for boundary in graph.outputs:
             target = Place("", boundary.name)
             self.outputs[boundary.name] = self.links[target]

@@ -95,10 +95,11 @@ def _joined(boundaries: Sequence[Boundary], runs: Sequence[Sequence[Tensor]]) ->
 
 
 def phases(graph: Graph, vectors: Vectors, configuration: ndarray | None = None) -> list[Phase]:
-    """Fill the memories, then send every input."""
+    """Fill the memories, then send every input, and the weights that are not on the chip once for each."""
     words = graph.configuration() if configuration is None else configuration
     load = [Phase({CONFIG: words})] if graph.loaded else []
-    return [*load, Phase(vectors.inputs, {name: len(beats) for name, beats in vectors.outputs.items()})]
+    streamed = {each.name: np.tile(each.words, (vectors.runs, 1)) for each in graph.streamed}
+    return [*load, Phase({**vectors.inputs, **streamed}, {name: len(beats) for name, beats in vectors.outputs.items()})]
 
 
 def compare(

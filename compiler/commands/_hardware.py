@@ -21,6 +21,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cycles", metavar="N", type=int, help="cycles from one input to the next, at most")
     parser.add_argument("--luts", metavar="N", type=float, help="LUTs (Xilinx 7 series, with DSP blocks), at most")
     parser.add_argument("--area", metavar="UM2", type=float, help="area in square micrometres (ASAP7), at most")
+    parser.add_argument(
+        "--memory", metavar="BYTES", type=int, help="weights on chip, at most; the largest come from outside instead"
+    )
     parser.add_argument("--name", metavar="NAME", help="the name of the top module (default: from the part)")
 
 
@@ -38,9 +41,21 @@ def built(args: argparse.Namespace) -> Hardware | Reused:
     for name in ("luts", "area"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < float("inf"):
             raise UsageError(f"--{name} is a number above 0, got {getattr(args, name)}")
-    limits = Limits(args.cycles, args.luts, args.area)
+    options = {"name": args.name, "positions": args.sequence, "limits": Limits(args.cycles, args.luts, args.area)}
     if args.reuse is None:
-        return hardware(opened(args.model), args.part, name=args.name, positions=args.sequence, limits=limits)
-    if args.part is not None:
-        raise UsageError("--part and --reuse both say what becomes hardware: give one of them")
-    return reused(opened(args.model), args.reuse, name=args.name, positions=args.sequence, limits=limits)
+        return hardware(opened(args.model), args.part, memory=args.memory, **options)
+    for name, why in (
+        ("part", "both say what becomes hardware"),
+        ("memory", "one layer's hardware keeps the whole layer's weights"),
+    ):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} and --reuse: {why}; give one of them")
+    return reused(opened(args.model), args.reuse, **options)
+
+
+def told_streamed(design: Hardware | Reused) -> list[str]:
+    """A line on each weight that comes from outside."""
+    streamed = design.graph.streamed
+    return [
+        f"{each.site}: its weight comes from outside, {each.bits / 8:,.0f} bytes for each input" for each in streamed
+    ]

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     outside = sum(bool(stage["outside"]) for stage in cost["stages"])
     if outside:
         print(f"note: {outside} stages lie outside what the cost model was fitted on: their area is extrapolated")
-    for each in design.assumed:
+    for each in [*_hardware.told_streamed(design), *design.assumed]:
         print(f"note: {each}")
     print(f"wrote {folder}: make sim, make lint and make synth work in it")
     return 0

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for name, outcome in found.items():
             print(f"{name}: {_told(outcome, timing, formula)}")
-        for each in design.assumed:
+        for each in [*_hardware.told_streamed(design), *design.assumed]:
             print(f"note: {each}")
     return int(not all(outcome.is_equal for outcome in found.values()))
 

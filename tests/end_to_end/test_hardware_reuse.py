@@ -78,7 +78,7 @@ def built() -> tuple[Reused, ArcSimulator]:
 
 
 def words_of_a_layer() -> int:
-    """A word for each 32 numbers of a row and one for its scale, a bias for each row; each gain of the norm beside its bias."""
+    """A word for each 32 numbers of a row and one for its scale, a bias for each row; gain and bias of the norm."""
     rows = [(HIDDEN, WIDTH), (WIDTH, HIDDEN)]
     return sum(n * (2 * ceil(k / 32) + 1) for n, k in rows) + WIDTH
 
@@ -167,8 +167,8 @@ REFUSED: dict[str, tuple[Callable[[], mxloom.Compiled], str, type[Exception], st
     "a layer": (lambda: compiled(stack()), "layers.0", UsageError, '"layers.0" is no list of layers'),
     "one layer": (lambda: compiled(Stack(Layer()), ""), "layers", UsageError, "1 modules named layers.N"),
     "formats": (lambda: compiled(stack(), ""), "layers", MxloomError,
-                r'(?s)layers.1 is not the hardware of layers.0: \S+ and \S+, in its place, differ: unit.accumulator.lsb is '
-                r'.*compile with legalize-hardware\{share="layers"\}'),
+                r'(?s)layers.1 is not the hardware of layers.0: \S+ and \S+, in its place, differ: '
+                r'unit.accumulator.lsb is .*compile with legalize-hardware\{share="layers"\}'),
     "sizes": (lambda: compiled(Stack(Layer(), Layer(hidden=48))), "layers", MxloomError,
               r"(?s)layers_0_up_linear and layers_1_up_linear, in its place, differ: columns is 40 .* 48 in the second"
               r".*only layers of one kind"),

@@ -8,6 +8,7 @@ from ..folding import Limits
 from ..graph import Graph
 from ..timing import Timing
 from .model import Coefficients, coefficients
+from .off_chip import streamed_cost
 from .stages import StageCost, stage_cost, total
 
 
@@ -16,7 +17,7 @@ def design_cost(graph: Graph, timing: Timing, coefficients_: Coefficients | None
 
     `interval_cycles` are those from one input to the next, `latency_cycles` those to the first beat out, both without
     stalls; no design with these foldings can be faster than its `slowest` stage. `outside` says where areas are
-    extrapolated beyond what was fitted.
+    extrapolated beyond what was fitted. `streamed` is there where weights come from outside (`streamed_cost`).
     """
     model = coefficients_ or coefficients()
     costs = {name: stage_cost(node.stage, model) for name, node in graph.nodes.items()}
@@ -33,6 +34,7 @@ def design_cost(graph: Graph, timing: Timing, coefficients_: Coefficients | None
         "slowest": {"name": timing.slowest, "cycles": graph.nodes[timing.slowest].stage.cycles},
         "total": _told(whole),
         "stages": stages,
+        **({"streamed": streamed_cost(graph, timing.interval)} if graph.streamed else {}),
     }
 
 

@@ -46,7 +46,7 @@ class Held:
 def memories(stage: Stage) -> list[Held]:
     """Every memory that the stage's circuit has: those that are loaded, and two banks of every row that is kept."""
     if isinstance(stage, Contraction):
-        names = _weight_names(stage) * stage.copies
+        names = _weight_names(stage)
         found = [Held("weights", memory, name) for memory, name in zip(stage.memories, names, strict=True)]
         return found + [Held("rows", memory, "b" if at else "a") for at, memory in enumerate(_rows(stage))]
     found = [Held("weights", memory) for memory in stage.memories]
@@ -54,10 +54,11 @@ def memories(stage: Stage) -> list[Held]:
 
 
 def _weight_names(stage: Contraction) -> list[str]:
-    """What the memories of one copy hold, in their order."""
+    """What the memories that are loaded hold, in their order: those of each copy; of a dynamic product biases alone."""
+    biases = ["biases"] * bool(stage.unit.bias)
     if stage.dynamic:
-        return []
-    return ["codes", *["sides"] * bool(stage.unit.b.side_bits), *["biases"] * bool(stage.unit.bias)]
+        return biases
+    return ["codes", *["sides"] * bool(stage.unit.b.side_bits), *biases] * stage.copies
 
 
 def _rows(stage: Stage) -> list[Memory]:

@@ -15,6 +15,19 @@ def off_chip(bits: float) -> dict[str, Any]:
     return {"bytes": bits / 8, "dram_pj": [round(bits * each, 1) for each in DRAM], "source": ANCHOR}
 
 
+def streamed_cost(graph: Graph, interval: float) -> dict[str, Any]:
+    """What the weights cost that come from outside for every input, for JSON: each, and all together.
+
+    `bytes_per_cycle` is what has to come on average so that nothing waits for it, an input every `interval` cycles.
+    """
+    bits = sum(each.bits for each in graph.streamed)
+    return {
+        "weights": [{"site": each.site, "stream": each.name, **off_chip(each.bits)} for each in graph.streamed],
+        "total": off_chip(bits),
+        "bytes_per_cycle": round(bits / 8 / interval, 3),
+    }
+
+
 def rounds_cost(graph: Graph, layers: int, work: int, interval: float) -> dict[str, Any]:
     """What it costs to load a design for so many layers, one after the other, for JSON.
 

@@ -14,14 +14,16 @@ from ....dialects.formats import Encoded, MixedType, Rounding, block_impact, enc
 from ....dialects.integer import Point
 from ....dialects.operations._operation import Operation
 from ....dialects.operations._shapes import element_of, shape_of
+from ....dialects.operations._values import path_of
 from ....dialects.operations.cast import CastOp
 from ....dialects.operations.parameter import ParameterOp
 from ..codes import OperandCode, operand_code
 from ..dot_product import Accumulator, DotProduct
 from ..float_sum import FloatSum, why_no_float_sum
-from ..flow import Flow, in_order
-from ..graph import Fill, Place
-from ..images import MixedBlocks, packed, rows_of, rows_of_kinds
+from ..flow import Flow, in_order, row_major
+from ..graph import Fill, Place, WeightStream
+from ..images import MixedBlocks, Rows, bits_of, packed, rows_of, rows_of_kinds
+from ..keywords import port_name
 from ..lowering import Design, check_finite, lowers, point_of, refusal, site_of
 from ..stages._stream import Memory
 from ..stages.contraction import Contraction
@@ -77,13 +79,48 @@ def _linear(design: Design, op: Any) -> None:
     lanes = lanes_of(a, b, size)
     bias = None if op.bias is None else point_of(op.bias, op)
     segment = segment_of(a, b, size, lanes)
-    unit = DotProduct(a, b, lanes, segment, _accumulator(op, (a, b), bias, -(-size // segment)), bias)
-    columns, rows = shape_of(op.results[0])[-1], prod(shape_of(op.results[0])[:-1])
-    stage = Contraction(unit, rows, columns, size, point_of(op.results[0], op))
+    accumulator = _accumulator(op, (a, b), bias, -(-size // segment))
+    columns, rows, point = shape_of(op.results[0])[-1], prod(shape_of(op.results[0])[:-1]), point_of(op.results[0], op)
+    if site_of(op) in design.streamed:
+        unit = DotProduct(b, a, lanes, segment, accumulator, bias)
+        _streamed(design, op, Contraction(unit, columns, rows, size, point, dynamic=True), weight_type)
+        return
+    stage = Contraction(DotProduct(a, b, lanes, segment, accumulator, bias), rows, columns, size, point)
     node = design.graph.add("linear", stage, site_of(op), _weights(design, op, stage, weight_type))
     place = blocks_of(design, op, op.input, a, lanes)
     design.graph.connect(place, Place(node.name, "a"))
     design.give(op, Place(node.name, "out"))
+
+
+def _streamed(design: Design, op: Any, stage: Contraction, type: Attribute) -> None:
+    """A linear layer whose weight comes from outside, once for all rows of its input, which stand in the banks.
+
+    It gives one column of its result after the other.
+    """
+    graph, code, lanes, steps, bias = design.graph, stage.unit.a, stage.unit.lanes, stage.steps, stage.unit.bias
+    rows = _weight_rows(design, op, code, steps * lanes, type)
+    biases = None if bias is None else [packed(_biases(design, op, bias)[:, None], bias.width)]
+    node = graph.add("linear", stage, site_of(op), None if biases is None else lambda _: biases)
+    beats = rows.codes.reshape(-1, lanes)
+    words, width = bits_of(beats, code.code_bits), lanes * code.code_bits + code.side_bits
+    if code.side_bits:
+        length = steps * lanes if code.block is None else code.block
+        sides = np.repeat(rows.sides, length // lanes, axis=1)[:, :steps].reshape(-1, 1)
+        words = np.concatenate([words, bits_of(sides, code.side_bits)], 1)
+    taken = {each.name for each in (*graph.inputs, *graph.streamed)}
+    base = port_name(f"{site_of(op)}_weight")
+    name = next(
+        each for each in (base, *(f"{base}_{count}" for count in range(2, len(taken) + 3))) if each not in taken
+    )
+    own = path_of(op.results[0]) or op.name
+    stream = WeightStream(name, width, np.packbits(words, axis=-1, bitorder="little"), own,
+                          (lanes, code.code_bits, code.side_bits))  # fmt: skip
+    graph.streamed.append(stream)
+    graph.connect(Place("", name), Place(node.name, "a"))
+    graph.connect(blocks_of(design, op, op.input, stage.unit.b, lanes), Place(node.name, "b"))
+    shape, count = shape_of(op.results[0]), stage.columns
+    strides = (*row_major(shape[:-1]), count)
+    design.flows[op.results[0]] = Flow(Place(node.name, "out"), stage.result, shape, strides, prod(shape))
 
 
 def _accumulator(op: Any, operands: tuple[OperandCode, OperandCode], bias: Point | None, segments: int) -> Accumulator:
@@ -270,11 +307,8 @@ def _mixed_weight(
 def _weights(design: Design, op: Any, stage: Contraction, type: Attribute) -> Fill:
     """What makes the words of a contraction's memories: those of each copy in turn."""
     lanes, code, bias = stage.unit.lanes, stage.unit.b, stage.unit.bias
-    encoded = encoded_weight(design, op, op.weight, type, transposed=op.transposed is not None)
-    padded = stage.steps * lanes
-    mixed = isinstance(encoded, MixedBlocks)
-    rows = rows_of_kinds(encoded, code, padded) if mixed else rows_of(encoded, code, padded)
-    biases = None if bias is None else fixed_codes(design, op, op.bias) & ((1 << bias.width) - 1)
+    rows = _weight_rows(design, op, code, stage.steps * lanes, type)
+    biases = None if bias is None else _biases(design, op, bias)
 
     def fill(folded: Contraction) -> list[np.ndarray]:
         missing = folded.groups * folded.copies - folded.columns
@@ -291,3 +325,14 @@ def _weights(design: Design, op: Any, stage: Contraction, type: Attribute) -> Fi
         return found
 
     return fill
+
+
+def _weight_rows(design: Design, op: Any, code: OperandCode, padded: int, type: Attribute) -> Rows:
+    """The rows of a linear layer's weight, along the sum."""
+    encoded = encoded_weight(design, op, op.weight, type, transposed=op.transposed is not None)
+    mixed = isinstance(encoded, MixedBlocks)
+    return rows_of_kinds(encoded, code, padded) if mixed else rows_of(encoded, code, padded)
+
+
+def _biases(design: Design, op: Any, bias: Point) -> np.ndarray:
+    return fixed_codes(design, op, op.bias) & ((1 << bias.width) - 1)

@@ -1,4 +1,8 @@
-"""Products of rows with a matrix: weights that are loaded once, or rows of a second stream that change."""
+"""Products of rows with a matrix: weights that are loaded once, or rows of a second stream that change.
+
+Where weights come from outside they are the rows that pass (`a`), and what is computed stands in the banks (`b`): the
+weights come once for all rows.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ class Contraction(Stage):
     """Rows of a (stream `a`) times rows of b: `rows` x `size` times `columns` x `size` -> `rows` x `columns`.
 
     A beat of a stream of blocks holds `lanes` elements and what stands beside their block. b is loaded once (weights),
-    or comes as the stream `b` (`dynamic`), `columns` rows for every `rows` of a. `copies` units work on as many rows of
-    b at once. One run is `runs` such products.
+    or comes as the stream `b` (`dynamic`), `columns` rows for every `rows` of a; a bias then belongs to a row of a, and
+    is loaded. `copies` units work on as many rows of b at once. One run is `runs` such products.
     """
 
     unit: DotProduct
@@ -104,9 +108,9 @@ class Contraction(Stage):
 
     @property
     def memories(self) -> tuple[Memory, ...]:
-        """Codes, what stands beside them, and biases, of each copy in turn."""
+        """Codes, what stands beside them, and biases, of each copy in turn; of a dynamic product the biases alone."""
         if self.dynamic:
-            return ()
+            return (Memory(self.rows, self.unit.bias.width),) if self.unit.bias else ()
         words = [Memory(self.groups * self.steps, self.unit.lanes * self.unit.b.code_bits)]
         if self.unit.b.side_bits:
             words.append(Memory(self.groups * self.side_words, self.unit.b.side_bits))
@@ -155,8 +159,12 @@ class _Builder:
         word = a.read(step, self.moves)
         a.release(issued, self.moves, valid)
         if b:
-            _, last_row = module.counter(stage.rows, issued, "row")
+            row, last_row = module.counter(stage.rows, issued, "row")
             operands = self._dynamic(b, go)
+            if stage.unit.bias:
+                (biases,) = module.loaded(stage.memories)
+                bias = biases.read(module, row, self.moves)
+                operands = [{**operand, "bias": bias} for operand in operands]
             b.release(issued & last_row, self.moves, valid)
         else:
             operands = self._loaded(go, last_step)
