@@ -23,7 +23,7 @@ from mxloom.backends.dataflow.graph import CONFIG, Graph
 from mxloom.backends.dataflow.lowering import lower
 from mxloom.backends.dataflow.rtl import circuit_text
 from mxloom.backends.dataflow.simulation.arc import ArcSimulator
-from mxloom.backends.dataflow.simulation.traffic import words_to_numbers
+from mxloom.backends.dataflow.simulation.traffic import NO_STALLS, Stalls, words_to_numbers
 from mxloom.backends.dataflow.simulation.verilator import environment, verilator
 from mxloom.backends.dataflow.verification import Outcome, Vectors, compare, vectors
 from mxloom.backends.weight_store import WeightStore
@@ -331,8 +331,8 @@ def test_random_faults_in_the_text_of_every_stage_are_found() -> None:
             device = ArcSimulator(wrong, graph.input_streams, graph.output_streams)
         except MxloomError:
             continue  # An operator on which a signal now hangs on itself.
-        run = device.run(phases(graph, examples), limit=20_000)
-        found = {line.partition(":")[0] for line in differences(run, examples)}
+        runs = [device.run(phases(graph, examples), stall, 40_000) for stall in (NO_STALLS, Stalls.random(0.5))]
+        found = {line.partition(":")[0] for run in runs for line in differences(run, examples)}
         for name, module in placed.items():
             changes = [told[each] for each in (module, f"{module}_dot") if each in told]
             made[name] += bool(changes)
