@@ -89,8 +89,9 @@ class Reused:
     @cached_property
     def cost(self) -> dict[str, Any]:
         """What the design costs (`design_cost`), and under `reuse` what comes from outside (`rounds_cost`)."""
-        work = predicted_cycles(self.graph, 1).work
-        return self.design.cost | {"reuse": rounds_cost(self.graph, len(self.layers), work, self.timing.interval)}
+        own, work = self.design.cost, predicted_cycles(self.graph, 1).work
+        energy = sum(own["total"]["energy_pj"].values())
+        return own | {"reuse": rounds_cost(self.graph, len(self.layers), work, self.timing.interval, energy)}
 
     def save(self, directory: str | Path, rounds: list[Round]) -> Path:
         """Write the design as one folder, whole or not at all; only an emitted design that is there is replaced."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
@@ -59,3 +59,31 @@ def told_streamed(design: Hardware | Reused) -> list[str]:
     return [
         f"{each.site}: its weight comes from outside, {each.bits / 8:,.0f} bytes for each input" for each in streamed
     ]
+
+
+def told_outside(cost: dict[str, Any]) -> list[str]:
+    """What a cost report says of layers that are loaded in turn, and of bytes that come from outside and their energy.
+
+    The energy of memory off the chip stands apart from the design's own.
+    """
+    found: list[str] = []
+    if "reuse" in cost:
+        layers, whole = cost["reuse"]["layers"], cost["reuse"]["total"]
+        found.append(
+            f"figures are of one layer; {layers} are loaded in turn: {whole['loading_cycles']:,} cycles of loading, "
+            f"{whole['cycles_of_one_input']:,} with one input, {whole['cycles_of_each_further_input']:,.0f} more for "
+            f"each further one, {whole['on_chip_pj_of_one_input'] / 1e3:,.1f} nJ on chip for an input"
+        )
+        found.append(f"every loading of all layers: {_off_chip(whole['weights'])}")
+        found.append(f"every input, in and out of each layer: {_off_chip(whole['values_of_one_input'])}")
+    if "streamed" in cost:
+        streamed = cost["streamed"]
+        found.append(
+            f"weights, for every input: {_off_chip(streamed['total'])}; {streamed['bytes_per_cycle']:,} bytes a cycle"
+        )
+    return found
+
+
+def _off_chip(traffic: dict[str, Any]) -> str:
+    least, most = (each / 1e3 for each in traffic["dram_pj"])
+    return f"{traffic['bytes']:,.0f} bytes from outside, {least:,.0f} to {most:,.0f} nJ in DRAM ({traffic['source']})"

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {len(sites) - args.top} more sites are in the total")
     if any(site["outside"] for site in sites.values()):
         print("note: * lies outside what the cost model was fitted on: its area is extrapolated")
-    for each in design.assumed:
+    for each in [*_hardware.told_streamed(design), *_hardware.told_outside(cost), *design.assumed]:
         print(f"note: {each}")
     return 0
 

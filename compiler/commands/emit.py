@@ -51,17 +51,10 @@ def run(args: argparse.Namespace) -> int:
     )
     energy = sum(total["energy_pj"].values()) / 1e3
     print(f"{sum(total['memory_bits'].values()) / 8:,.0f} bytes on chip, {energy:,.1f} nJ for an input")
-    if isinstance(design, Reused):
-        whole = cost["reuse"]["total"]
-        print(
-            f"{len(design.layers)} layers, loaded in turn: {whole['loading_cycles']:,} cycles of loading, "
-            f"{whole['cycles_of_one_input']:,} with one input, {whole['cycles_of_each_further_input']:,.0f} more for "
-            f"each further one; {whole['weights']['bytes']:,.0f} bytes come from outside"
-        )
     outside = sum(bool(stage["outside"]) for stage in cost["stages"])
     if outside:
         print(f"note: {outside} stages lie outside what the cost model was fitted on: their area is extrapolated")
-    for each in [*_hardware.told_streamed(design), *design.assumed]:
+    for each in [*_hardware.told_streamed(design), *_hardware.told_outside(cost), *design.assumed]:
         print(f"note: {each}")
     print(f"wrote {folder}: make sim, make lint and make synth work in it")
     return 0

@@ -136,6 +136,8 @@ def test_the_emitted_folder_has_a_folder_for_each_layer(tmp_path: Path) -> None:
     assert reuse["total"]["loading_cycles"] == 3 * words
     assert reuse["total"]["cycles_of_one_input"] == 3 * predicted_cycles(design.graph, 1).total
     assert reuse["total"]["weights"]["bytes"] == 3 * weights
+    energy = sum(cost["total"]["energy_pj"].values())
+    assert reuse["total"]["on_chip_pj_of_one_input"] == pytest.approx(3 * energy)
     assert reuse["total"]["values_of_one_input"]["bytes"] == 3 * 2 * POSITIONS * WIDTH * 24 / 8
     assert reuse["total"]["weights"]["dram_pj"] == [3 * weights * 8 * pj / 64 for pj in (1300, 2600)]
 
@@ -196,8 +198,9 @@ def test_one_layer_of_the_embedded_model_does_the_work_of_all(shared: Path, caps
     told = json.loads(capsys.readouterr().out)
     assert told["arc"]["is_equal"] and told["arc"]["cycles"] == told["predicted"]["cycles"]
     assert [each["beats"] for each in told["arc"]["layers"]] == [2 * 2 * 192] * 4
-    assert main([*command, "--part", "model.layers.0"]) != 0
-    assert "--part and --reuse" in capsys.readouterr().err
+    for option, value in (("--part", "model.layers.0"), ("--memory", "1000")):
+        assert main([*command, option, value]) != 0
+        assert f"{option} and --reuse" in capsys.readouterr().err
 
 
 @pytest.mark.slow

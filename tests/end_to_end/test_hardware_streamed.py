@@ -151,6 +151,18 @@ def test_what_comes_from_outside_is_told_and_counted(tmp_path: Path) -> None:
     assert cost["streamed"]["bytes_per_cycle"] == round(total / design.timing.interval, 3)
 
 
+def test_the_commands_name_each_weight_and_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(typed().save(tmp_path / "typed"))
+    assert main(["cost", folder, "--memory", str(smallest("mxint8"))]) == 0
+    told = capsys.readouterr().out
+    row, rows = 33, 3 * HIDDEN + 3 * HIDDEN + 4 * OUT
+    assert f"note: gate: its weight comes from outside, {3 * HIDDEN * row:,} bytes for each input" in told
+    assert f"note: weights, for every input: {rows * row:,} bytes from outside" in told
+    for wrong in ("-1", "0"):
+        assert main(["cost", folder, "--memory", wrong]) != 0
+        assert "memory" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not is_available(), reason="needs Verilator, make and a C++ compiler")
 def test_the_emitted_folder_sends_the_weights_for_every_input(tmp_path: Path) -> None:
     emitted(tmp_path / "mlp")

@@ -28,11 +28,12 @@ def streamed_cost(graph: Graph, interval: float) -> dict[str, Any]:
     }
 
 
-def rounds_cost(graph: Graph, layers: int, work: int, interval: float) -> dict[str, Any]:
+def rounds_cost(graph: Graph, layers: int, work: int, interval: float, energy: float) -> dict[str, Any]:
     """What it costs to load a design for so many layers, one after the other, for JSON.
 
-    `work`: cycles of a round in which one input passes; `interval`: cycles that each further input adds to a round. An
-    input leaves the design and comes back between two layers; it is counted as if it stood off the chip meanwhile.
+    `work`: cycles of a round in which one input passes; `interval`: cycles that each further input adds to a round;
+    `energy`: picojoules on the chip for an input in one round, without loading. An input leaves the design and comes
+    back between two layers; it is counted as if it stood off the chip meanwhile.
     """
     loaded = [memory for node in graph.nodes.values() for memory in node.stage.memories]
     held = [one for node in graph.nodes.values() for one in memories(node.stage) if one.level == "weights"]
@@ -53,6 +54,7 @@ def rounds_cost(graph: Graph, layers: int, work: int, interval: float) -> dict[s
             "loading_cycles": layers * words,
             "cycles_of_one_input": layers * (words + work),
             "cycles_of_each_further_input": layers * interval,
+            "on_chip_pj_of_one_input": round(layers * energy, 2),
             "weights": off_chip(layers * weights),
             "values_of_one_input": off_chip(layers * (_bits(graph.inputs) + _bits(graph.outputs))),
         },
