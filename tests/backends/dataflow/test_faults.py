@@ -316,7 +316,7 @@ def mutated(text: str, draw: random.Random) -> tuple[str, dict[str, str]]:
 
 @pytest.mark.nightly
 def test_random_faults_in_the_text_of_every_stage_are_found() -> None:
-    """One operator in each stage at a time: four fifths change what the small example gives.
+    """One operator in each stage at a time: most change what the small example gives.
 
     The rest are those that no input, or none so small, shows: bits that are dropped behind, ends of long counters.
     """
@@ -341,5 +341,5 @@ def test_random_faults_in_the_text_of_every_stage_are_found() -> None:
                 missed.append(f"{name}: {'; '.join(changes)}")
     print("\n".join(missed))
     assert made.total() > 100
-    assert caught.total() >= 0.8 * made.total(), f"{caught.total()} of {made.total()}"
+    assert caught.total() >= 0.85 * made.total(), f"{caught.total()} of {made.total()}"
     assert all(caught[name] for name in placed), "each stage's faults are found"

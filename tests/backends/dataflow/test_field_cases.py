@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mxloom
+from mxloom.backends.dataflow import verification
 from mxloom.backends.dataflow.circt import export_verilog
 from mxloom.backends.dataflow.cost.synthesis import yosys
 from mxloom.backends.dataflow.graph import Graph
@@ -19,10 +21,13 @@ from mxloom.backends.dataflow.simulation.arc import ArcSimulator
 from mxloom.backends.dataflow.simulation.traffic import NO_STALLS, Phase, Stalls, words
 from mxloom.backends.dataflow.simulation.verilator import VerilatorSimulator
 from mxloom.backends.dataflow.stages._stream import StreamModule
+from mxloom.compiler.hardware import hardware
 
 from .examples import EXAMPLES, Example, differences, example, kinds, phases, side_by_side
 from .stages import STALLS, needs_verilator, simulator
 from .test_simulation import multiplier
+
+MODEL = Path(__file__).parents[3] / "examples" / "models" / "kjv-2m"
 
 
 def test_every_stage_has_an_example() -> None:
@@ -142,3 +147,22 @@ def test_a_stage_alone_keeps_its_beats(name: str) -> None:
         assert (run.violations, run.surplus) == (0, 0)
         for stream, beats in each.expected.items():
             np.testing.assert_array_equal(run.outputs[stream], beats)
+
+
+@pytest.mark.slow
+def test_beats_that_wait_stay_in_a_whole_layer() -> None:
+    """A decoder layer of the embedded model with its real weights: as many beats, in their order, with their bits."""
+    recipe = {
+        "version": 1,
+        "quantize": [{"weights": "mxfp4", "activations": "mxint8"}],
+        "passes": ["legalize-hardware"],
+    }
+    made = hardware(mxloom.compile(MODEL, recipe), "model.layers.0", positions=3)
+    device = ArcSimulator(made.text, made.graph.input_streams, made.graph.output_streams)
+    given = made.vectors(2)
+    free = device.run(verification.phases(made.graph, given))
+    (cycles,) = free.given.values()
+    assert len(cycles) == 2 * 3 * 192
+    first = Stalls(window=(int(cycles[0]), int(cycles[0]) + 5))
+    for stall in (*STALLS.values(), first):
+        assert verification.compare(device, made.graph, given, stall).is_equal, stall
