@@ -99,12 +99,15 @@ def product(
     blocks = [code.block for code in (one, other) if code.block is not None]
     segment = min(blocks) if blocks else size
     x, w = (random_operand(type, (n, size), n, "ordinary") for type, n in zip(types, (rows, columns), strict=True))
-    biases = spread((columns,), bias.width, 9) if bias else None
+    biases = spread((rows if dynamic else columns,), bias.width, 9) if bias else None
     start = biases.double() * 2.0**-bias.fraction if bias and biases is not None else None
     result, sums = Point(24, 8), (coded_tensor(x), coded_tensor(w))
     how: Accumulator = Window(*WINDOW)
     if accumulator == "window":
-        total = windowed_codes(*sums, start, *WINDOW)
+        # A bias belongs to the rows of what is loaded, or to those of the stream that passes what stands in the banks.
+        left, right = sums[::-1] if dynamic else sums
+        total = windowed_codes(left, right, start, *WINDOW)
+        total = total.T if dynamic else total
         found = requantized((total * 2.0 ** -WINDOW[1]).long(), -WINDOW[1], result)
     else:
         how = FloatSum(2, -(-size // segment), result)
@@ -116,7 +119,9 @@ def product(
     given = {"a": operand_beats(x, one, segment, segment)}
     if dynamic:
         given["b"] = operand_beats(w, other, segment, segment)
-    words = None if dynamic else load(stage, w, biases)
+        words = None if bias is None or biases is None else codes_of(biases, bias.width)
+    else:
+        words = load(stage, w, biases)
     return Example(stage, given, {"out": codes_of(found, 24)}, words)
 
 
@@ -235,6 +240,7 @@ def selected() -> Example:
 EXAMPLES: dict[str, Callable[[], Example]] = {
     "weights": lambda: product("mxint8", "mxfp4", bias=Point(24, 10), copies=2),
     "two_streams": lambda: product("mxfp8_e4m3", "mxfp4", dynamic=True),
+    "streamed_weights": lambda: product("mxfp4", "mxint8", dynamic=True, bias=Point(24, 10)),
     "float_sums": lambda: product("mxint8", "mxfp8_e5m2", accumulator="f32", bias=Point(24, 10)),
     "quantize": quantized,
     "quantize_scaled": quantized_under_floats,
