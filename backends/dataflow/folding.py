@@ -19,6 +19,14 @@ class Limits:
     area_um2: float | None = None
 
 
+class TooSlowError(UsageError):
+    """No folding is as fast as a limit says; the graph is left as fast as it gets. `why` says what holds it up."""
+
+    def __init__(self, cycles: int, why: str, nearest: int) -> None:
+        super().__init__(f"no folding gives an input every {cycles} cycles: {why}; the nearest is cycles={nearest}")
+        self.why = why
+
+
 Resources = Callable[[Graph], Limits]
 """LUTs and area of a design, as the cost model says them."""
 
@@ -27,7 +35,7 @@ def fold(graph: Graph, limits: Limits, resources: Resources | None = None) -> No
     """Widen contractions, the slowest first, until the limit of cycles is met.
 
     Without a limit of cycles the design is made as fast as the other limits allow; without any limit it stays as it is.
-    Raises UsageError, saying the nearest that there is, where no folding meets the limits.
+    Raises UsageError, saying the nearest that there is, where no folding meets the limits (of cycles: TooSlowError).
     """
     spends = limits.luts is not None or limits.area_um2 is not None
     if limits.cycles is None and not spends:
@@ -37,19 +45,15 @@ def fold(graph: Graph, limits: Limits, resources: Resources | None = None) -> No
         wider = _wider(node)
         if wider is None:
             if limits.cycles is not None:
-                raise UsageError(
-                    f"no folding gives an input every {limits.cycles} cycles: {node.name} takes {node.stage.cycles}, "
-                    f"however wide; the nearest is cycles={interval(graph)}"
-                )
+                why = f"{node.name} takes {node.stage.cycles}, however wide"
+                raise TooSlowError(limits.cycles, why, interval(graph))
             break
         before, node.stage = node.stage, wider
         if resources is not None and exceeds(resources(graph), limits):
             node.stage = before
             if limits.cycles is not None:
-                raise UsageError(
-                    f"an input every {limits.cycles} cycles takes more than {named(limits)}: "
-                    f"within them the nearest is cycles={interval(graph)}"
-                )
+                why = f"a faster one takes more than {named(limits)}"
+                raise TooSlowError(limits.cycles, why, interval(graph))
             break
     if spends and resources is not None and exceeds(resources(graph), limits):
         needed = resources(graph)

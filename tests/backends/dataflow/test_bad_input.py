@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,13 @@ def test_too_few_cycles_name_the_nearest_which_can_be_had() -> None:
     message = refused(Limits(cycles=100))
     found = re.fullmatch(
         r"no folding gives an input every 100 cycles: (\w+) takes (\d+), however wide; the nearest is cycles=(\d+)",
-        message.partition(" (what its queues")[0],
+        message,
     )
     assert found is not None, message
-    timing = fit(design(), Limits(cycles=ceil(1.2 * int(found[3]))), resources)
-    assert int(found[3]) <= timing.interval
+    nearest = int(found[3])
+    assert int(found[2]) <= nearest
+    assert fit(design(), Limits(cycles=nearest), resources).interval <= nearest
+    assert f"the nearest is cycles={nearest}" in refused(Limits(cycles=nearest - 1))
 
 
 def test_too_few_luts_name_what_the_narrowest_design_takes() -> None:
@@ -95,10 +98,15 @@ def test_cycles_that_take_more_than_the_luts_name_the_nearest_within() -> None:
     graph = design()
     fit(graph, Limits(), resources)
     narrowest = ceil(resources(graph).luts or 0)
-    message = refused(Limits(cycles=800, luts=narrowest + 500))
-    found = re.search(r"within them the nearest is cycles=(\d+)", message)
-    assert found is not None and int(found[1]) > 800, message
-    assert "an input every 800 cycles takes more than" in message
+    limits = Limits(cycles=800, luts=narrowest + 500)
+    message = refused(limits)
+    found = re.fullmatch(
+        r"no folding gives an input every 800 cycles: a faster one takes more than .*; the nearest is cycles=(\d+)",
+        message,
+    )
+    assert found is not None, message
+    nearest = int(found[1])
+    assert nearest > 800 and fit(graph, replace(limits, cycles=nearest), resources).interval <= nearest
 
 
 # Names.
