@@ -42,6 +42,7 @@ class Case:
     rules: Sequence[dict[str, Any]]
     positions: int = 16
     limits: Limits = field(default_factory=Limits)
+    memory: int | None = None
     options: str = ""
     example: Callable[[], dict[str, torch.Tensor]] | None = None
 
@@ -105,6 +106,9 @@ CASES = (
     Case(
         "embedded model, layer 0, MXINT8, within 40 000 LUT", lambda: EMBEDDED, LAYER, INT8, limits=Limits(luts=40000)
     ),
+    Case("embedded model, layer 0, MXINT8, weights from outside", lambda: EMBEDDED, LAYER, INT8, memory=60_000),
+    Case("embedded model, 4 layers, MXINT8", lambda: EMBEDDED, "model.layers", INT8),
+    Case("Llama, hidden 64, MXINT8, sums in f32", llama, LAYER, INT8, options="{accumulator=f32 partials=4}"),
     Case("Llama, hidden 64, MXINT8", llama, LAYER, INT8),
     Case("Llama, hidden 64, MXFP6 (E2M3)", llama, LAYER, rule("mxfp6_e2m3", "mxfp6_e2m3")),
     Case("BERT, hidden 64, MXINT8", bert, "encoder.layer.0", INT8),
@@ -129,8 +133,8 @@ EXPLAINED = f"""\
 Every design takes {SEQUENCES} sequences in a row, twice: once without stalls, and once with a tenth of all cycles
 stalled at random on every stream. `differ` are beats of either run that are not the reference's (arc simulator).
 Interval and latency are those of the run without stalls, in cycles; `predicted` was known before anything was built;
-the slowest stage's cycles are the formula of its sizes. `CPU s` is the processor time from the typed module to the end of
-the first simulation: lowering, prediction, circuit, CIRCT, simulator, the reference's vectors and the run."""
+the slowest stage's cycles are the formula of its sizes. `CPU s` is the processor time from the typed module to the end
+of the first simulation: lowering, prediction, circuit, CIRCT, simulator, the reference's vectors and the run."""
 
 
 def main() -> int:
@@ -154,7 +158,7 @@ def measured(case: Case) -> list[str]:
     example = case.example() if case.example else None
     compiled = mxloom.compile(model.eval() if isinstance(model, nn.Module) else model, recipe, example=example)
     start = processor_time()
-    design = hardware(compiled, case.part, positions=case.positions, limits=case.limits)
+    design = hardware(compiled, case.part, positions=case.positions, limits=case.limits, memory=case.memory)
     given = design.vectors(SEQUENCES)
     simulator = ArcSimulator(design.text, design.graph.input_streams, design.graph.output_streams)
     plain = compare(simulator, design.graph, given, NO_STALLS)
