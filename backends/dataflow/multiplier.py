@@ -8,9 +8,6 @@ from .arithmetic import product, product_unsigned
 from .codes import ElementCode, OperandCode
 from .rtl import Signal, any_of, join
 
-FIXED_BITS = 10
-"""Minifloats that fit in so many bits as integers are multiplied as integers; wider ones as floats."""
-
 
 @dataclass(frozen=True)
 class Decoded:
@@ -111,16 +108,15 @@ def multiplied(a: OperandCode, b: OperandCode, x: Decoded, y: Decoded) -> Signal
     for one, other, code in ((x, y, a), (y, x, b)):
         if code.largest == 1 and one.integer is not None:
             return _selected(one.integer, other, a if code is b else b, width)
-    bits = [code.largest.bit_length() + 1 for code in (a, b)]
-    as_integers = x.integer is not None or y.integer is not None or max(bits) <= FIXED_BITS
-    if as_integers:
-        return product(_as_integer(x, a, bits[0]), _as_integer(y, b, bits[1])).resized(width)
+    if x.integer is not None or y.integer is not None:
+        return product(_as_integer(x, a), _as_integer(y, b)).resized(width)
+    # Significands and a shift take fewer gates than integers, however few bits these have.
     assert x.significand is not None and y.significand is not None and x.sign is not None and y.sign is not None
     assert x.shift is not None and y.shift is not None
     # Aligned fields may reach below the units of the operands' codes: what lies below is zero and is dropped.
     below = a.unit + b.unit - x.unit - y.unit
     digits = product_unsigned(x.significand, y.significand)
-    places = (x.largest_shift + y.largest_shift).bit_length()
+    places = max(1, (x.largest_shift + y.largest_shift).bit_length())
     shift = x.shift.unsigned(max(places, x.shift.width)).low(places) + y.shift.unsigned(max(places, y.shift.width)).low(
         places
     )
@@ -129,13 +125,13 @@ def multiplied(a: OperandCode, b: OperandCode, x: Decoded, y: Decoded) -> Signal
     return (x.sign ^ y.sign).then(-magnitude, magnitude)
 
 
-def _as_integer(number: Decoded, code: OperandCode, width: int) -> Signal:
+def _as_integer(number: Decoded, code: OperandCode) -> Signal:
     """A number in multiples of its operand's unit; aligned fields may reach below it, where all is zero."""
-    below = code.unit - number.unit
+    width, below = code.largest.bit_length() + 1, code.unit - number.unit
     return number.as_integer(width + below).bits(below, width)
 
 
 def _selected(trit: Signal, other: Decoded, code: OperandCode, width: int) -> Signal:
     """A number times -1, 0 or 1: no multiplier."""
-    number = _as_integer(other, code, code.largest.bit_length() + 1).signed(width)
+    number = _as_integer(other, code).signed(width)
     return trit.bit(0).repeated(width) & trit.sign.then(-number, number)

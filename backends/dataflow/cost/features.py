@@ -17,7 +17,7 @@ from math import ceil, sqrt
 from ....dialects.integer import CURVES, PowerOfTwo, bits_above
 from ..codes import OperandCode
 from ..dot_product import Accumulator, DotProduct
-from ..multiplier import FIXED_BITS, product_bits
+from ..multiplier import product_bits
 from ..rtl import address_bits
 from ..stages._stream import Stage
 from ..stages.contraction import Contraction
@@ -164,8 +164,7 @@ def _integer_bits(code: OperandCode) -> int:
 
 def _as_integers(unit: DotProduct) -> bool:
     """Whether elements are multiplied as integers; otherwise their significands, and the product is shifted."""
-    codes = (unit.a, unit.b)
-    return any(map(_is_fixed, codes)) or max(code.largest.bit_length() + 1 for code in codes) <= FIXED_BITS
+    return _is_fixed(unit.a) or _is_fixed(unit.b)
 
 
 def _significand(code: OperandCode) -> int:
