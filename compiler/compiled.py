@@ -214,9 +214,22 @@ class Compiled:
             f"{', ...' if len(found) > 3 else ''}"
         ]
 
+    def _coarse(self) -> list[str]:
+        """A line on the values whose range is too small to have significant bits (`legalize-hardware`)."""
+        named = self.function.attributes.get("coarse")
+        names = (
+            [each.data for each in named.data if isinstance(each, StringAttr)] if isinstance(named, ArrayAttr) else []
+        )
+        if not names:
+            return []
+        return [
+            f"{len(names)} values were 0, or so small that fixed point leaves them fewer than 8 significant bits, in "
+            f"all calibration inputs: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        ]
+
     def notes(self) -> list[str]:
         """What is unusual: about the checkpoint, and about what the formats did to it."""
-        return [*self.source.notes, *self._twice_stored(), *self._stored_wide()]
+        return [*self.source.notes, *self._twice_stored(), *self._stored_wide(), *self._coarse()]
 
     def save(self, directory: str | Path) -> Path:
         """Write the artefact folder (see `mxloom.load`)."""

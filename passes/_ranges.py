@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import SSAValue
 
-from ..backends.reference import Interpreter, Weights
+from ..backends.reference import Interpreter, Weights, body
+from ..dialects.errors import MxloomError
 from ..dialects.formats import FixedType
 from ..dialects.operations._shapes import shape_of
 from ..dialects.operations.attention import AttentionOp
@@ -23,6 +24,9 @@ UNSEEN = 1e30
 
 LARGEST_FRACTION = 40
 """Bits behind the point, at most: what tables and normalizations in integers take."""
+
+FINEST = 2.0 ** (8 - LARGEST_FRACTION)
+"""Magnitudes below have fewer than 8 significant bits in any format."""
 
 
 @dataclass
@@ -57,7 +61,8 @@ def observed(module: ModuleOp, weights: Weights, inputs: Iterable[Sequence[Tenso
     for value, tensor in interpreter.constants.items():
         if isinstance(value, SSAValue):
             _see(found, value, tensor)
-    for given in inputs:
+    for place, given in enumerate(inputs):
+        _check_finite(module, place, given)
         held: dict[SSAValue, Any] = {}
         wanted = {operand for op in module.walk() if isinstance(op, AttentionOp) for operand in (op.query, op.key)}
 
@@ -73,6 +78,16 @@ def observed(module: ModuleOp, weights: Weights, inputs: Iterable[Sequence[Tenso
 
         interpreter(*given, observe=observe)
     return found
+
+
+def _check_finite(module: ModuleOp, place: int, given: Sequence[Tensor]) -> None:
+    """Raise MxloomError for a calibration input that is no number: it has no range."""
+    for argument, tensor in zip(body(module).args, given, strict=True):
+        if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
+            raise MxloomError(
+                f"calibration input {place}: {bad} of {tensor.numel()} values of {argument.name_hint} are NaN or "
+                "infinite, and have no range; leave such inputs out"
+            )
 
 
 def _see(found: Ranges, value: SSAValue, tensor: Any) -> None:

@@ -56,7 +56,7 @@ from ..dialects.windows import WindowAttr, needed_bits, scale_digits, why_no_win
 from ._context import calibration_of, weights_of
 from ._convolutions import unfold_convolutions, why_no_patches
 from ._curves import name_curves
-from ._ranges import Ranges, fixed_for, observed
+from ._ranges import FINEST, UNSEEN, Ranges, fixed_for, observed
 from ._shared_layers import share_ranges
 from ._sites import module_name, root, rounding_properties, set_probabilities
 from ._tensor_factors import fold_tensor_factors
@@ -167,13 +167,23 @@ class _Legalization:
         share = macs[1] / max(sum(macs), 1)
         function.attributes["host"] = ArrayAttr([StringAttr(module_name(op)) for op in host])
         function.attributes["host_macs"] = FloatAttr(share, 64)
+        computed = [value for op in chip for value in op.results if not isinstance(op, CastOp | Movement)]
+        coarse = [path_of(v) for v in computed if self.ranges.largest.get(v, FINEST) < FINEST]
+        if coarse:
+            function.attributes["coarse"] = ArrayAttr([StringAttr(name) for name in dict.fromkeys(coarse)])
 
     def _type_inputs(self, block: Block, chip: list[Operation]) -> None:
         """Float inputs that only hardware reads are fixed point themselves."""
         for argument in tuple(block.args):
             users = {use.operation for use in argument.uses}
-            if _is_wide_float(argument) and users and users <= {*chip}:
+            if not _is_wide_float(argument) or not users or not users <= {*chip}:
+                continue
+            try:
+                if self._largest(argument) == 0:
+                    raise _UnfitError("is 0 in every calibration input, which gives no range: give real inputs")
                 self._retype(argument, self._format(argument))
+            except _UnfitError as error:
+                self.problems.append(f"input {argument.name_hint}: {error}")
 
     def _legalize(self, op: Operation) -> None:
         match op:
@@ -191,8 +201,10 @@ class _Legalization:
             case AttentionOp():
                 self._attention(op)
             case RopeOp():
-                self._cast_operand(op, op.cos, _ANGLES)
-                self._cast_operand(op, op.sin, _ANGLES)
+                largest = max(self._largest(op.cos), self._largest(op.sin))
+                angles = _ANGLES if largest < 2 else fixed_for(largest, _ANGLES.width.data, headroom=1.0)
+                self._cast_operand(op, op.cos, angles)
+                self._cast_operand(op, op.sin, angles)
                 self._fixed_operands(op)
                 self._fixed_result(op)
             case ConvOp():
@@ -331,6 +343,8 @@ class _Legalization:
     def _largest(self, value: SSAValue) -> float:
         """The largest magnitude that was seen; that of a cast is what it was given."""
         value = value if value in self.ranges.largest else root(value)
+        if value in self.ranges.masks:
+            raise _UnfitError(f"{path_of(value)} reaches {UNSEEN:g} or more, and no fixed point holds that")
         return self.ranges.largest.get(value, 0.0)
 
     def _format(self, value: SSAValue) -> FixedType:

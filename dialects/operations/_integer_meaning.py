@@ -73,6 +73,20 @@ def require_root(operation: Operation, value: SSAValue, more: int, eps: float) -
         )
 
 
+def require_bias(operation: Operation, value: SSAValue, weight: SSAValue | None, bias: SSAValue | None) -> None:
+    """Raise VerifyException where a normalization's bias leaves 62 bits in units of its products with the weight."""
+    size = shape_of(value)[-1]
+    if weight is None or bias is None or size < 1:
+        return
+    (width, fraction), (_, behind) = pair(bias), pair(weight)
+    bits = width + InverseRoot(*pair(value), size, 0.0).normal.fraction + behind - fraction
+    operation.require(
+        bits <= 62,
+        f"computed in integers, its bias (!mx.fixed<{width}, {fraction}>) is too large for its weight "
+        f"(fraction {behind}): in units of the weight it takes {bits} bits, and 62 are there",
+    )
+
+
 def require_exponential(operation: Operation, format: Pair, scale: float = 1.0) -> None:
     """Raise VerifyException where the exponential of numbers of a format leaves 64 bits."""
     width, fraction = format

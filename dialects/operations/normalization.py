@@ -22,6 +22,7 @@ from ._integer_meaning import (
     WIDEST_WEIGHT,
     pair,
     pair_of,
+    require_bias,
     require_exponential,
     require_fixed,
     require_root,
@@ -128,6 +129,7 @@ class LayerNormOp(Normalization):
             require_fixed(self, {"weight": self.weight}, WIDEST_WEIGHT)
             require_row(self, self.input)
             require_root(self, self.input, 1, self._eps())
+            require_bias(self, self.input, self.weight, self.bias)
 
     def call(self) -> Call:
         if self.integer is None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from xdsl.dialects.builtin import TensorType
 
@@ -18,6 +19,7 @@ from mxloom.dialects.formats import FixedType, is_wide
 from mxloom.dialects.mx import parse_module
 from mxloom.dialects.operations._operation import Operation
 from mxloom.dialects.operations._shapes import element_of
+from mxloom.dialects.operations.attention import RopeOp
 from mxloom.dialects.operations.cast import CastOp
 from mxloom.dialects.operations.contraction import LinearOp
 from mxloom.dialects.operations.parameter import ParameterOp
@@ -176,3 +178,66 @@ def test_only_the_part_that_is_named_is_legalized() -> None:
     assert "integer" not in one and "integer = #mx.integer<8>" in two
     with pytest.raises(UsageError, match="no operation computes"):
         apply(text, [random(2, 8)], part=("three",))
+
+
+def normalized(weight: float, bias: float) -> nn.Module:
+    norm = nn.LayerNorm(64)
+    with torch.no_grad():
+        norm.weight.fill_(weight)
+        norm.bias.fill_(bias)
+    return nn.Sequential(norm, nn.Linear(64, 8))
+
+
+def weighted(weight: float, bias: float = 0.0) -> nn.Module:
+    linear = nn.Linear(64, 8)
+    with torch.no_grad():
+        linear.weight.mul_(weight)
+        linear.bias.fill_(bias)
+    return nn.Sequential(linear, nn.ReLU())
+
+
+X = random(4, 64)
+OUT_OF_RANGE = {
+    "a bias beyond its weight": (lambda: normalized(1e-7, 3000.0), X, r"0: .*its bias .* is too large for its weight"),
+    "a bias like a mask": (lambda: weighted(1.0, 1e30), X, r"0: .* reaches 1e\+30 or more, and no fixed point holds"),
+    "inputs without a range": (lambda: weighted(1.0), 0 * X, "input input: is 0 in every calibration input"),
+    "infinite inputs": (lambda: weighted(1.0), X / 0, "calibration input 0: 256 of 256 values of input are NaN or inf"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
+def test_what_has_no_range_in_fixed_point_is_refused(case: str) -> None:
+    make, x, message = OUT_OF_RANGE[case]
+    recipe = {"quantize": [{"weights": "mxint8", "activations": "mxint8"}], "passes": ["legalize-hardware"]}
+    with pytest.raises(MxloomError, match=message):
+        mxloom.compile(make().eval(), recipe, example={"input": x})
+
+
+@pytest.mark.parametrize(("weight", "told"), [(1e-12, True), (0.0, True), (1.0, False)])
+def test_values_without_significant_bits_are_told(weight: float, told: bool) -> None:
+    recipe = {"quantize": [{"weights": "mxint8", "activations": "mxint8"}], "passes": ["legalize-hardware"]}
+    compiled = mxloom.compile(weighted(weight).eval(), recipe, example={"input": X})
+    notes = [note for note in compiled.notes() if "significant bits" in note]
+    assert bool(notes) is told
+    if told:
+        assert notes[0].startswith("2 values were 0, or so small")
+
+
+def test_angles_beyond_2_have_a_point_that_holds_them() -> None:
+    """Rotary angles may be scaled (YaRN, arXiv 2309.00071, section 3.4): here by 3, which 14 bits of 16 do not hold."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0, "rope_theta": 10000.0,
+                         "original_max_position_embeddings": 32},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    recipe = {"quantize": [{"weights": "mxint8", "activations": "mxint8"}], "passes": ["legalize-hardware"]}
+    compiled = mxloom.compile(transformers.LlamaForCausalLM(config).eval(), recipe)
+    formats = {
+        str(element_of(operand))
+        for op in body(compiled.module).ops
+        if isinstance(op, RopeOp)
+        for operand in (op.cos, op.sin)
+    }
+    assert formats == {"!mx.fixed<16, 13>"}, "16 bits, 2 of them before the point: up to 4"
