@@ -265,7 +265,7 @@ def _check_structure(folder: Path, model: PreTrainedModel, module: ModuleOp, wei
     left = [
         f"{name} belongs to no part of the model"
         for name in dict.fromkeys(op.source.data for op in _parameters(module))
-        if SECOND_NAME not in name and name not in known and "." in name and not _in_part(name, parts)
+        if SECOND_NAME not in name and name not in known and "." in name and not _in_part(name, {*parts, *known})
     ]
     if wrong or missing or left:
         what = listed([*wrong, *missing, *left], "; ")
@@ -273,7 +273,8 @@ def _check_structure(folder: Path, model: PreTrainedModel, module: ModuleOp, wei
 
 
 def _in_part(name: str, parts: set[str]) -> bool:
-    """Whether a module of the model has the constant `name`: one that torch has lifted out of its code."""
+    """Whether a module of the model has the constant `name` (one that torch has lifted out of its code), or a pass has
+    made it from a weight of the model (`weight.plus_one`)."""
     return name.rpartition(".")[0] in parts
 
 

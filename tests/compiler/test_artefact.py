@@ -171,6 +171,23 @@ def test_weights_of_mixed_blocks_are_kept_wide(compiled_as: Compile, folders: di
     assert note.startswith("1 weights in mixed formats are written wide (2,048 bytes)") and note.endswith(weight)
 
 
+@pytest.mark.parametrize(
+    ("model", "format", "made"), [("bert", "nvfp4", "weight.times_2"), ("gemma", "mxint8", "plus_one")]
+)
+def test_weights_that_a_pass_made_are_loaded(model: str, format: str, made: str, tmp_path: Path) -> None:
+    """Weights times a power of two in the place of a tensor's factor, and 1 + weight of Gemma's norms."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_key_value_heads": 4, "head_dim": 8}
+    own = MODELS["bert"]() if model == "bert" else transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes))
+    own.save_pretrained(tmp_path / "own")
+    recipe = {"quantize": [{"weights": format, "activations": format}], "passes": ["legalize-hardware"]}
+    compiled = mxloom.compile(tmp_path / "own", recipe)
+    again = load(save(compiled, tmp_path / "a"))
+    assert made in str(again.module)
+    found, wanted = (each(TOKENS["input_ids"])[0] for each in (again, compiled))
+    assert torch.equal(found, wanted)
+
+
 def test_head_quantized_alone_unties(compiled_as: Compile, folders: dict[str, Path], tmp_path: Path) -> None:
     """Field case E2 (a): both in the file, the embedding bit-equal to the original, the tie cut."""
     compiled = compiled_as("tied", {"match": "*lm_head", "weights": "int8_channel"})
