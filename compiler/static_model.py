@@ -10,6 +10,7 @@ from xdsl.dialects.builtin import ModuleOp
 
 from ..backends.dataflow.graph import Graph
 from ..backends.dataflow.lowering import lower
+from ..backends.dataflow.sizing import place_queues
 from ..backends.reference import Interpreter, body
 from ..backends.static import static
 from ..backends.weight_store import WeightStore
@@ -59,7 +60,7 @@ class StaticModel:
         except MxloomError as error:
             raise MxloomError(f"{error}{_hint(self.compiled, part)}") from None
         graph.add_forks()
-        graph.add_queues()
+        place_queues(graph)
         return module, inputs, graph
 
     def values(self, wanted: Sequence[SSAValue], count: int, given: Any = None) -> list[list[Tensor]]:

@@ -87,6 +87,8 @@ class Graph:
         self.inputs: list[Boundary] = []
         self.streamed: list[WeightStream] = []
         self.outputs: list[Boundary] = []
+        self.is_queued_everywhere = False
+        """Whether `add_every_queue` was needed: inputs may then run ahead of one another."""
 
     def add(self, kind: str, stage: Stage, site: str, fill: Fill | None = None) -> Node:
         """Place a stage; its name is made from where it comes from and what it is."""
@@ -153,7 +155,8 @@ class Graph:
 
         Every input of a stage that meets another from the same fork gets one, but for the longest way, which needs one
         too where only a part of a stream is on some way: what is dropped there holds up the fork. A queue holds a whole
-        run's beats.
+        run's beats. Where ways cross through several forks, or the longest is not the slowest, a design may still come
+        to a stop: see `sizing.place_queues`.
         """
         nx, network = _networks(), self.network()
         order = list(nx.topological_sort(network))
@@ -176,6 +179,28 @@ class Graph:
                 if (target != longest or parts) and before[source.node] & before[sources[longest].node]:
                     names.append(self._queue(source, target))
         return names
+
+    def add_every_queue(self) -> list[str]:
+        """Queues beside those that are there, on every stream of a joining stage that is on a ring of streams.
+
+        No design comes to a stop then. Stages that wait for one another do so around a ring, for a stream that is
+        empty or for a place in one that is full. Every ring passes joining stages, and their queues hold a whole run:
+        one is full only where the fork before it is a run ahead of the stage behind it. What a way is given of whole
+        runs comes out of it, so that an empty one is less than a run behind. Around the ring each would be ahead of
+        itself. A stream on no ring, a bridge of the graph, needs no queue.
+        """
+        nx = _networks()
+        streams = nx.MultiGraph((s.node, t.node) for t, s in self.sources.items() if s.node and t.node)
+        bridges = {frozenset(pair) for pair in nx.bridges(streams)}
+        needed = [
+            (source, target)
+            for target, source in self.sources.items()
+            if target.node and source.node and len(self.nodes[target.node].stage.inputs) > 1
+            if not isinstance(self.nodes[source.node].stage, Fifo)
+            if frozenset((source.node, target.node)) not in bridges
+        ]
+        self.is_queued_everywhere = True
+        return [self._queue(source, target) for source, target in needed]
 
     def _queue(self, source: Place, target: Place) -> str:
         count = self.beats(source)

@@ -7,9 +7,17 @@ from math import ceil
 from ...dialects.errors import UsageError
 from .folding import Limits, Resources, TooSlowError, exceeds, fold, named
 from .graph import Graph
-from .timing import Timing, size_queues
+from .stages.route import Fork
+from .timing import Timing, size_queues, stops
 
 _TRIES = 8
+
+
+def place_queues(graph: Graph) -> None:
+    """Queues where they are needed: by the longest way (`Graph.add_queues`), on every way where a design stops so."""
+    graph.add_queues()
+    if any(isinstance(node.stage, Fork) for node in graph.nodes.values()) and stops(graph):
+        graph.add_every_queue()
 
 
 def fit(graph: Graph, limits: Limits, resources: Resources) -> Timing:

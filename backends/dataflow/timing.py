@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
+from math import ceil
 
 from ...dialects.errors import MxloomError
 from .folding import interval, slowest
@@ -117,17 +118,34 @@ class Timing:
     beats: dict[str, list[int]]
 
 
-def predicted(graph: Graph, runs: int | None = None, *, endless: bool = False) -> Timing:
+class StandstillError(MxloomError):
+    """A design comes to a stop: some of its stages wait for one another for good."""
+
+
+def stops(graph: Graph) -> bool:
+    """Whether a design comes to a stop however deep its queues are.
+
+    One input says it: what it leaves is a design at rest, and those that come behind it cannot hold it up.
+    """
+    try:
+        _Network(graph, 1, endless=True).run()
+    except StandstillError:
+        return True
+    return False
+
+
+def predicted(graph: Graph, runs: int | None = None, *, endless: bool = False, pace: int = 0) -> Timing:
     """The timing of a design that is given `runs` inputs in a row, and whose outputs are always taken.
 
     Without `runs` so many are taken that the first is long out as the last comes. `endless`: its queues are as deep as
-    they need. Raises MxloomError, naming the streams, for a design that comes to a stop.
+    they need. `pace`: an input begins no sooner than so many cycles behind the one before. Raises StandstillError,
+    naming the streams, for a design that comes to a stop.
     """
     if runs is None:
-        first = _Network(graph, 1, endless)
+        first = _Network(graph, 1, endless, pace)
         first.run()
         runs = 4 + max(link.taken.cycles[-1] for link in first.outputs.values()) // interval(graph)
-    network = _Network(graph, runs, endless)
+    network = _Network(graph, runs, endless, pace)
     network.run()
     beats = {name: link.taken.cycles for name, link in (network.inputs | network.outputs).items()}
     starts = min((link.taken.cycles[0] for link in network.inputs.values()), default=0)
@@ -141,19 +159,25 @@ def predicted(graph: Graph, runs: int | None = None, *, endless: bool = False) -
 
 
 def size_queues(graph: Graph) -> Timing:
-    """Make every queue as deep as it has to be for nothing to wait for it; returns the timing with such queues."""
+    """Make every queue as deep as it has to be for nothing to wait for it; returns the timing with such queues.
+
+    Where every way has a queue, endless ones would let a stream run ahead of the others without end. Inputs as far
+    apart as the design then takes them fill them as far as is needed, and with so many places it is no slower.
+    """
     timing = predicted(graph, endless=True)
+    if graph.is_queued_everywhere:
+        timing = predicted(graph, endless=True, pace=ceil(timing.interval))
     for name, most in timing.queued.items():
         node = graph.nodes[name]
         assert isinstance(node.stage, Fifo)
         node.stage = replace(node.stage, depth=max(1, most))
-    return timing
+    return predicted(graph) if graph.is_queued_everywhere else timing
 
 
 class _Network:
     """The links of a design by who reads them, and the processes of its stages."""
 
-    def __init__(self, graph: Graph, runs: int, endless: bool) -> None:
+    def __init__(self, graph: Graph, runs: int, endless: bool, pace: int = 0) -> None:
         self.graph, self.runs, self.endless = graph, runs, endless
         self.awake: deque[Process] = deque()
         self.links = {
@@ -167,9 +191,9 @@ class _Network:
             link = readers.get(Place("", boundary.name))
             if link is not None:
                 self.inputs[boundary.name] = link
-                self.awake.append(_source(link, runs * graph.beats(Place("", boundary.name))))
+                self.awake.append(_source(link, runs, graph.beats(Place("", boundary.name)), pace))
         for weight in graph.streamed:
-            self.awake.append(_source(readers[Place("", weight.name)], runs * len(weight.words)))
+            self.awake.append(_source(readers[Place("", weight.name)], runs, len(weight.words), pace))
         for boundary in graph.outputs:
             target = Place("", boundary.name)
             self.outputs[boundary.name] = self.links[target]
@@ -202,16 +226,17 @@ class _Network:
                 times.waiting.append(process)
         if running:
             stopped = [link.given.name for link in self.links.values() if link.given.waiting or link.taken.waiting]
-            raise MxloomError(f"the design comes to a stop: {', '.join(sorted(stopped))} wait for good")
+            raise StandstillError(f"the design comes to a stop: {', '.join(sorted(stopped))} wait for good")
 
     def queued(self) -> dict[str, int]:
         return {name: queue.most() for name, queue in self.fifos.items()}
 
 
-def _source(link: Link, count: int) -> Process:
-    """A beat in every cycle in which one is taken."""
+def _source(link: Link, runs: int, count: int, pace: int) -> Process:
+    """A beat in every cycle in which one is taken, but no run's first before its time."""
     time = 0
-    for index in range(count):
+    for index in range(runs * count):
+        time = max(time, index // count * pace)
         link.given.add(time)
         time = (yield from link.taken.at(index)) + 1
 
