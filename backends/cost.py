@@ -187,7 +187,7 @@ def _contracted(op: Contraction, shapes: Shapes) -> Contracted:
     counted.add_results(op, shapes)
     macs = op.macs(lambda v: shapes[v])
     found = counted.contracted(path_of(op.results[0]) or op.name, op.name.removeprefix("mx."), macs, _why(op))
-    stated = (op.properties.get(name) for name in ("acc", "window"))
+    stated = (op.properties.get(name) for name in ("acc", "window", "score_window"))
     sums = next((sum for sum in stated if isinstance(sum, AccumulatorAttr | WindowAttr)), None)
     return found if sums is None else replace(found, accumulator=sums.label)
 

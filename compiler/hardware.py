@@ -14,7 +14,7 @@ from xdsl.dialects.builtin import ModuleOp
 from ..backends.dataflow.cost.design import design_cost, resources
 from ..backends.dataflow.folding import Limits
 from ..backends.dataflow.graph import Graph
-from ..backends.dataflow.keywords import RESERVED
+from ..backends.dataflow.keywords import RESERVED, port_name
 from ..backends.dataflow.placement import loaded_bytes, next_streamed
 from ..backends.dataflow.rtl import circuit_text
 from ..backends.dataflow.sizing import fit
@@ -108,8 +108,11 @@ def write_design(directory: str | Path, files: dict[str, str]) -> Path:
 
 
 def is_emitted(folder: Path) -> bool:
-    """Whether the folder is one that `Hardware.save` wrote."""
-    return all((folder / name).exists() for name in (INTERFACE, COST, "rtl", "synth.ys"))
+    """Whether the folder is one that `Hardware.save` wrote, with nothing beside it but what `make` leaves there."""
+    written = {INTERFACE, COST, "rtl", "synth.ys"}
+    made = {*written, "Makefile", "test", "vectors", "build", "build.log", "synth.json"}
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    return written <= there <= made
 
 
 def hardware(
@@ -133,6 +136,7 @@ def hardware(
         whole_number("memory", memory, 0, 2**50)
     model = StaticModel.of(compiled, positions)
     module, inputs, graph, timing = _placed(model, part, limits or Limits(), memory)
+    check_apart(name, graph)
     return Hardware(model, name, part, positions, module, inputs, graph, timing, model.assumed_of(part))
 
 
@@ -164,6 +168,12 @@ def _check_memory(graph: Graph, part: str | None, most: float) -> None:
         )
 
 
+def check_apart(name: str, graph: Graph) -> None:
+    """Raise UsageError where a design would have the name of one of its streams or stages."""
+    if name in {*graph.input_streams, *graph.output_streams, *graph.nodes}:
+        raise UsageError(f'"{name}" is a stream or a stage of the design itself: choose another name')
+
+
 def checked_name(name: str | None, part: str | None) -> str:
     """The design's name: a Verilog identifier that nothing reserves."""
     if name is None:
@@ -174,6 +184,6 @@ def checked_name(name: str | None, part: str | None) -> str:
             f"a design's name is made of letters, digits and underscores, 100 at most and no digit first, "
             f"got {shortened(repr(name)) if isinstance(name, str) else came(name)}"
         )
-    if name in RESERVED or name == "bench":
-        raise UsageError(f'"{name}" is a word of Verilog or of the test bench: choose another name')
+    if port_name(name) != name:
+        raise UsageError(f'"{name}" is a word of Verilog, of the design or of its test bench: choose another name')
     return name

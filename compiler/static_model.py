@@ -16,6 +16,9 @@ from ..backends.static import static
 from ..backends.weight_store import WeightStore
 from ..dialects.arguments import whole_number
 from ..dialects.errors import MxloomError
+from ..dialects.formats import FixedType
+from ..dialects.operations._integer_meaning import pair
+from ..dialects.operations._shapes import UNKNOWN, element_of, shape_of
 from ..passes._context import CompileContext
 from ..passes.extract import Extract, belongs
 from .calibration import calibration_inputs
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from xdsl.ir import SSAValue
 
     from .compiled import Compiled
+
+
+RANDOM = "inputs: the artefact of a plain module holds none; vectors are random numbers over the ranges of its inputs"
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ class StaticModel:
 
     def assumed_of(self, part: str | None) -> list[str]:
         """What was taken for granted about a part."""
-        return [each for each in self.assumed if part is None or belongs(each.partition(":")[0], (part,))]
+        told = [each for each in self.assumed if part is None or belongs(each.partition(":")[0], (part,))]
+        return [*told, *([RANDOM] if lacks_inputs(self.compiled) else [])]
 
 
 def _hint(compiled: Compiled, part: str | None) -> str:
@@ -95,13 +102,35 @@ def _hint(compiled: Compiled, part: str | None) -> str:
     return "" if part is not None else "\na part of the model may have hardware: --part model.layers.0"
 
 
+def lacks_inputs(compiled: Compiled) -> bool:
+    """Whether nothing but a user can say what goes in: a plain module that was loaded, whose inputs are numbers."""
+    arguments = compiled.function.body.block.args
+    fixed = all(isinstance(element_of(argument), FixedType) for argument in arguments)
+    source = compiled.source
+    return fixed and not source.inputs and getattr(source.model, "main_input_name", None) is None
+
+
+def _random(arguments: Sequence[SSAValue], count: int) -> list[list[Tensor]]:
+    """Normally distributed numbers, of which one in ten thousand leaves an input's range, from a fixed seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [[16 if size == UNKNOWN else size for size in shape_of(argument)] for argument in arguments]
+    ranges = [2.0 ** (width - 1 - fraction) for width, fraction in map(pair, arguments)]
+    return [
+        [torch.randn(shape, generator=generator) * most / 4 for shape, most in zip(shapes, ranges, strict=True)]
+        for _ in range(count)
+    ]
+
+
 def _samples(compiled: Compiled, arguments: Any, count: int, given: Any) -> list[list[Tensor]]:
     """Inputs of the static module: those for calibration, cut or repeated to its sizes."""
-    from ..dialects.operations._shapes import shape_of
-
     own = {argument.name_hint: argument for argument in compiled.function.body.block.args}
     wanted = [own[argument.name_hint] for argument in arguments]
-    found = calibration_inputs(compiled.source, list(own.values()), given, count)
+    if given is None and lacks_inputs(compiled):
+        found = _random(list(own.values()), count)
+    else:
+        found = calibration_inputs(compiled.source, list(own.values()), given, count)
     place = {name: index for index, name in enumerate(own)}
     fitted = [
         [_fitted(sample[place[w.name_hint]], shape_of(a)) for w, a in zip(wanted, arguments, strict=True)]

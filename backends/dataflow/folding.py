@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 
 from ...dialects.errors import UsageError
 from .graph import Graph, Node
@@ -94,7 +95,7 @@ def named(limits: Limits) -> str:
     """What a design takes, or may take, in words."""
     parts = []
     if limits.luts is not None:
-        parts.append(f"{limits.luts:,.0f} LUTs")
+        parts.append(f"{ceil(limits.luts):,} LUTs")
     if limits.area_um2 is not None:
-        parts.append(f"{limits.area_um2:,.0f} um2")
+        parts.append(f"{ceil(limits.area_um2):,} um2")
     return " and ".join(parts)

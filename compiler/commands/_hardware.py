@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,10 +33,15 @@ def built(args: argparse.Namespace) -> Hardware | Reused:
     from ...backends.dataflow.folding import Limits
     from ...dialects.arguments import whole_number
     from ...dialects.errors import UsageError
-    from ..hardware import hardware
+    from ..hardware import hardware, is_emitted
     from ..reuse import reused
     from ._models import opened
 
+    if is_emitted(Path(args.model)):
+        raise UsageError(
+            f"{args.model} is an emitted design, whose vectors `make sim` runs in it: "
+            "give the folder that mxloom compile wrote"
+        )
     if args.cycles is not None:
         whole_number("cycles", args.cycles, 1, 2**40)
     for name in ("luts", "area"):

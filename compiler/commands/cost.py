@@ -48,7 +48,10 @@ def run(args: argparse.Namespace) -> int:
     lines = [_cells(site, sites[site]) for site in shown]
     lines.append(_cells("total", cost["total"] | {"stages": len(cost["stages"])}))
     _print_table([HEADS, *lines])
-    print(f"NAND2, um2: {cost['library']}, without memories; LUT, FF, DSP, BRAM: xc7; bytes on chip; nJ for an input")
+    print(
+        f"NAND2, um2: {cost['library']}, without memories; LUT, FF, DSP, BRAM: xc7 with DSP blocks; bytes on chip; "
+        "nJ for an input"
+    )
     print(
         f"an input every {cost['interval_cycles']:,.0f} cycles ({throughput:,.0f} a second at {args.clock:g} MHz), the "
         f"first beat out after {cost['latency_cycles']:,}; the slowest stage, {cost['slowest']['name']}, takes "

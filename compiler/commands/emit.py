@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from ..progress import Progress
     from ..reuse import Reused
 
-    check_target(args.out, is_emitted, "emitted design")
+    replaced = check_target(args.out, is_emitted, "emitted design").exists()
     with Progress().working(f"emitting {args.model}"):
         design = _hardware.built(args)
         if isinstance(design, Reused):
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(
         f"area {total['area_nand2']:,.0f} NAND2 ({total['area_um2']:,.0f} um2 in {cost['library']}, without memories); "
-        f"xc7: {', '.join(f'{count:,.0f} {name}' for name, count in fpga.items())}"
+        f"xc7 with DSP blocks: {', '.join(f'{count:,.0f} {name}' for name, count in fpga.items())}"
     )
     energy = sum(total["energy_pj"].values()) / 1e3
     print(f"{sum(total['memory_bits'].values()) / 8:,.0f} bytes on chip, {energy:,.1f} nJ for an input")
@@ -56,5 +56,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {outside} stages lie outside what the cost model was fitted on: their area is extrapolated")
     for each in [*_hardware.told_streamed(design), *_hardware.told_outside(cost), *design.assumed]:
         print(f"note: {each}")
-    print(f"wrote {folder}: make sim, make lint and make synth work in it")
+    print(f"{'replaced' if replaced else 'wrote'} {folder}: make sim, make lint and make synth work in it")
     return 0

@@ -1,6 +1,7 @@
 """Models as hardware from the command line: the emitted folder, simulation against the reference, and bad input."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_an_emitted_folder_is_whole_and_replaced_alone(
     assert (out / "rtl" / "mlp.sv").is_file() and (out / "vectors" / f"{CONFIG}.mem").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["mlp"]
     capsys.readouterr()
+    (out / "notes.txt").write_text("mine")
+    assert main(command) != 0, "what is not the design's is not removed"
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert main(["simulate", str(out), "--sequence", "2"]) != 0
+    assert "is an emitted design, whose vectors `make sim` runs in it" in capsys.readouterr().err
+    for tool in ("lint", "synth", "sim"):
+        made = subprocess.run(
+            ["make", tool, "VERILATOR=", "IVERILOG=", "YOSYS="], cwd=out, capture_output=True, text=True, check=False
+        )
+        assert made.returncode != 0 and "install" in made.stderr, tool
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.tex").write_text("mine")
     assert main([*command[:-1], str(tmp_path / "own")]) != 0
@@ -94,10 +106,27 @@ def test_what_a_part_costs_is_told_site_by_site(typed: Path, capsys: pytest.Capt
         assert main([*command, *option]) == 2
 
 
-@pytest.mark.parametrize("name", ["module", "bench", "../up", "a/b", 'a"b', "a\nb", "$x", "1st", "", "ä"])
+@pytest.mark.parametrize(
+    "name", ["module", "bench", "clk", "load", "x_valid", "../up", "a/b", 'a"b', "a\nb", "$x", "1st", "", "ä"]
+)
 def test_names_that_verilog_does_not_take_are_refused(typed: Path, name: str) -> None:
     with pytest.raises(UsageError, match="name"):
         hardware(mxloom.load(typed), PART, name=name, positions=2)
+
+
+def test_a_saved_plain_module_is_simulated_on_random_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    recipe = {"quantize": [{"weights": "mxint8", "activations": "mxint8"}], "passes": ["legalize-hardware"]}
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    mxloom.compile(model, recipe, example={"input": torch.randn(2, 32)}).save(tmp_path / "mlp")
+    assert main(["simulate", str(tmp_path / "mlp"), "--sequence", "1", "--vectors", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "0 mismatches in 16 beats" in told and "vectors are random numbers" in told
+    assert main(["emit", str(tmp_path / "mlp"), "--sequence", "1", "--out", str(tmp_path / "design")]) == 0
+    with pytest.raises(UsageError, match='"input_stream" is a stream or a stage of the design itself'):
+        hardware(mxloom.load(tmp_path / "mlp"), positions=1, name="input_stream")
 
 
 def test_what_cannot_be_built_is_said(typed: Path, capsys: pytest.CaptureFixture[str]) -> None:

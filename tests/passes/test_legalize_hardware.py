@@ -223,6 +223,15 @@ def test_values_without_significant_bits_are_told(weight: float, told: bool) -> 
         assert notes[0].startswith("2 values were 0, or so small")
 
 
+def test_attention_in_integers_is_said_to_sum_in_a_window() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    recipe = {"quantize": [{"weights": "mxint8", "activations": "mxint8"}], "passes": ["legalize-hardware"]}
+    compiled = mxloom.compile(transformers.LlamaForCausalLM(config).eval(), recipe)
+    assert compiled.coverage().torch_sums == ()
+
+
 def test_angles_beyond_2_have_a_point_that_holds_them() -> None:
     """Rotary angles may be scaled (YaRN, arXiv 2309.00071, section 3.4): here by 3, which 14 bits of 16 do not hold."""
     config = transformers.LlamaConfig(
@@ -241,3 +250,21 @@ def test_angles_beyond_2_have_a_point_that_holds_them() -> None:
         for operand in (op.cos, op.sin)
     }
     assert formats == {"!mx.fixed<16, 13>"}, "16 bits, 2 of them before the point: up to 4"
+
+
+def test_what_comes_into_a_part_in_blocks_is_fixed_point_before() -> None:
+    """The cast's name is that of the value outside; with it the part has no float of its own to read."""
+    block = "tensor<2x8x!mx.block<32x!mx.fixed<8, 6>>>"
+    text = f"""func.func @f(%x: tensor<2x8xf32>) -> tensor<2x8xf32> {{
+      %one.act = mx.silu %x : (tensor<2x8xf32>) -> tensor<2x8xf32>
+      %one.act.mxint8 = mx.cast %one.act {{scale_rule = "floor"}} : tensor<2x8xf32> to {block}
+      %w = mx.parameter "w" : tensor<8x8xf32>
+      %q = mx.cast %w {{scale_rule = "floor"}} : tensor<8x8xf32> to tensor<8x8x!mx.block<32x!mx.fixed<8, 6>>>
+      %two.up = mx.linear %one.act.mxint8, %q
+        : ({block}, tensor<8x8x!mx.block<32x!mx.fixed<8, 6>>>) -> tensor<2x8xf32>
+      func.return %two.up : tensor<2x8xf32>
+    }}"""
+    lines = apply(text, [random(2, 8)], {"w": random(8, 8)}, part=("two",)).splitlines()
+    readers = [line for line in lines if "mx.cast %one.act {" in line]
+    assert len(readers) == 1 and readers[0].split(" to ")[1].startswith("tensor<2x8x!mx.fixed<24, ")
+    assert any("mx.cast %one.act.fixed24 " in line and line.endswith(f" to {block}") for line in lines)
