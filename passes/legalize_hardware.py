@@ -173,9 +173,11 @@ class _Legalization:
             function.attributes["coarse"] = ArrayAttr([StringAttr(name) for name in dict.fromkeys(coarse)])
 
     def _type_inputs(self, block: Block, chip: list[Operation]) -> None:
-        """Float inputs that only hardware reads are fixed point themselves."""
+        """Float inputs that only hardware reads are fixed point themselves; a whole model may return them, too."""
         for argument in tuple(block.args):
             users = {use.operation for use in argument.uses}
+            if not self.options.part:
+                users = {user for user in users if not isinstance(user, ReturnOp)}
             if not _is_wide_float(argument) or not users or not users <= {*chip}:
                 continue
             try:
@@ -405,7 +407,8 @@ def chip_operations(block: Block, part: tuple[str, ...] = ()) -> list[Operation]
     """The operations that compute on data: on float inputs, on looked-up rows, or on what follows from these.
 
     Token look-up itself, rotary angles and masks follow from tokens and positions alone, and are the host's. With
-    `part` those of other modules are, too.
+    `part` those of other modules are, too, but for casts that the part reads: their name is that of the value that
+    comes in.
     """
     data: set[SSAValue] = {argument for argument in block.args if _is_wide_float(argument)}
     found: list[Operation] = []
@@ -416,9 +419,14 @@ def chip_operations(block: Block, part: tuple[str, ...] = ()) -> list[Operation]
             data.update(op.results)
         elif any(operand in data for operand in op.operands) and not isinstance(op, SizeOp):
             data.update(op.results)
-            if not part or belongs(module_name(op), part):
-                found.append(op)
-    return found
+            found.append(op)
+    if not part:
+        return found
+    kept = {op for op in found if belongs(module_name(op), part)}
+    for op in reversed(found):
+        if isinstance(op, CastOp) and any(use.operation in kept for use in op.result.uses):
+            kept.add(op)
+    return [op for op in found if op in kept]
 
 
 def _host(block: Block, chip: list[Operation]) -> list[Operation]:

@@ -43,12 +43,19 @@ class Joined(Layers):
         return self.q(torch.relu(self.r(i))) + o, self.r(o) + i * o
 
 
+class Returned(Layers):
+    """An input that comes out again."""
+
+    def forward(self, i: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+        return i, self.q(i) * o
+
+
 def random(seed: int, sequences: int = 1) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(sequences, ROWS, SIZE, generator=generator) for name in "io"}
 
 
-@pytest.mark.parametrize("kind", [Crossed, Late, Joined])
+@pytest.mark.parametrize("kind", [Crossed, Late, Joined, Returned])
 def test_inputs_whose_ways_cross_never_wait_for_one_another_for_good(kind: type[Layers]) -> None:
     """Every beat equals the reference, every cycle is as predicted, and no stage waits more than for the slowest."""
     found = hardware(mxloom.compile(kind().eval(), RECIPE, example=random(0, 3)), positions=1)
