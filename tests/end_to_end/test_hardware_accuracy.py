@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import mxloom
@@ -12,6 +13,7 @@ from mxloom.backends.reference import Interpreter
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "kjv-2m"
 
 
+@pytest.mark.slow
 def test_a_language_model_in_integers_has_the_perplexity_of_its_formats(tmp_path: Path) -> None:
     rules = [{"weights": "mxint8", "activations": "mxint8"}]
     text = (MODEL / "held_out.txt").read_text()

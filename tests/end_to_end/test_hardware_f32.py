@@ -52,7 +52,11 @@ def accumulators(found: Hardware) -> list[FloatSum]:
 
 @pytest.mark.parametrize(
     ("weights", "activations", "partials"),
-    [("mxfp4", "mxint8", 1), ("mxint8", "mxint8", 4), ("mxfp8_e4m3", "mxfp8_e5m2", 8)],
+    [
+        ("mxint8", "mxint8", 4),
+        pytest.param("mxfp4", "mxint8", 1, marks=pytest.mark.slow),
+        pytest.param("mxfp8_e4m3", "mxfp8_e5m2", 8, marks=pytest.mark.slow),
+    ],
 )
 def test_emulation_reference_and_hardware_agree(weights: str, activations: str, partials: int) -> None:
     typed = compiled(f"accumulator=f32 partials={partials}", weights, activations)

@@ -49,8 +49,15 @@ def compiled(model: nn.Module, name: str, shape: tuple[int, ...], weights: str =
     return mxloom.compile(model.eval(), recipe, example={name: example})
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("mlp", "mxint8"),
+        ("positions", "nvfp4"),
+        *(pytest.param("mlp", each, marks=pytest.mark.slow) for each in ("mxfp4", "nvfp4")),
+        *(pytest.param("positions", each, marks=pytest.mark.slow) for each in ("mxint8", "mxfp4")),
+    ],
+)
 def test_a_model_equals_the_reference(kind: str, weights: str) -> None:
     torch.manual_seed(0)
     build, name, shape = MODELS[kind]

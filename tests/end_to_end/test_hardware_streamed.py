@@ -163,6 +163,7 @@ def test_the_commands_name_each_weight_and_what_it_costs(tmp_path: Path, capsys:
         assert "memory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_available(), reason="needs Verilator, make and a C++ compiler")
 def test_the_emitted_folder_sends_the_weights_for_every_input(tmp_path: Path) -> None:
     emitted(tmp_path / "mlp")

@@ -94,6 +94,7 @@ def test_an_mlp_equals_the_reference(mlp: str, stall: str) -> None:
 
 
 @needs_verilator
+@pytest.mark.slow
 def test_an_mlp_equals_the_reference_under_verilator() -> None:
     graph, text, given = built(*MLPS["32"])
     outcome = compare(

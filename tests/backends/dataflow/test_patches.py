@@ -100,6 +100,7 @@ def test_a_ring_holds_what_a_window_sees_and_what_comes_meanwhile(lines: Sliding
 
 
 @needs_verilator
+@pytest.mark.slow
 def test_the_text_that_is_emitted_gives_the_same() -> None:
     channels, lines, columns = WINDOWS["2 x 5, strides"]
     x = pictures(channels, lines, columns)

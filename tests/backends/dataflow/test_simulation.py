@@ -35,7 +35,7 @@ from .stages import STALLS, codes_of, needs_verilator, operand_beats, spread
 Simulator = ArcSimulator | VerilatorSimulator
 SIMULATORS = [
     pytest.param(ArcSimulator, id="arc"),
-    pytest.param(VerilatorSimulator, id="verilator", marks=needs_verilator),
+    pytest.param(VerilatorSimulator, id="verilator", marks=[needs_verilator, pytest.mark.slow]),
 ]
 
 
@@ -110,7 +110,9 @@ def same(one: Run, other: Run) -> None:
 
 @needs_verilator
 @pytest.mark.parametrize("stall", STALLS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["queue", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "queue")]
+)
 def test_both_simulators_give_one_run(name: str, stall: str) -> None:
     case, arc, compiled = built(name)
     phases = [Phase(case.given, {stream: len(beats) for stream, beats in case.expected.items()})]
@@ -183,6 +185,7 @@ def test_a_broken_handshake_is_counted(kind: type[Simulator], fault: str) -> Non
 
 
 @needs_verilator
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTY)
 @pytest.mark.parametrize("stall", STALLS)
 def test_violations_are_the_same_in_both(fault: str, stall: str) -> None:
