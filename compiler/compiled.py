@@ -151,13 +151,17 @@ class Compiled:
         """Which share of MACs and bytes has which format, and what stayed wide, and why; sizes as in `cost`."""
         return coverage(self.module, self.weights, sizes=self.sizes(batch, sequence), state=self.source.state)
 
-    def sizes(self, batch: int, sequence: int | None = None) -> list[tuple[int, ...]]:
-        """The shape of every input, its dynamic sizes filled in: the first is the batch, the others the sequence."""
+    @property
+    def usual_sequence(self) -> int:
+        """512, or what the model's table of positions holds if that is less."""
         from .evaluated import positions
 
+        return min(SEQUENCE, positions(self.source.config) or SEQUENCE)
+
+    def sizes(self, batch: int, sequence: int | None = None) -> list[tuple[int, ...]]:
+        """The shape of every input, its dynamic sizes filled in: the first is the batch, the others the sequence."""
         whole_number("batch", batch, 1, LARGEST_SIZE)
-        if sequence is None:
-            sequence = min(SEQUENCE, positions(self.source.config) or SEQUENCE)
+        sequence = self.usual_sequence if sequence is None else sequence
         whole_number("sequence", sequence, 1, LARGEST_SIZE)
         shapes = [shape_of(a) for a in self.function.body.block.args]
         fill = (batch, *[sequence] * 8)

@@ -96,8 +96,9 @@ class Inspection:
         return "\n\n".join(part for part in parts if part)
 
 
-def inspect(compiled: Compiled, *, batch: int = 1, sequence: int = 512) -> Inspection:
-    """The inventory of a model; MACs are those of one forward over batch x sequence."""
+def inspect(compiled: Compiled, *, batch: int = 1, sequence: int | None = None) -> Inspection:
+    """The inventory of a model; MACs are those of one forward over batch x sequence (None: the usual one of `cost`)."""
+    sequence = compiled.usual_sequence if sequence is None else sequence
     cost = compiled.cost(batch=batch, sequence=sequence)
     stored = {tensor.name: tensor.bytes for tensor in cost.tensors}
     return Inspection(

@@ -15,7 +15,9 @@ summary = "show a model's layers, shapes, ties, decision groups and what stays w
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder (safetensors), a GGUF file, an artefact")
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="batch of the MACs (default 1)")
-    parser.add_argument("--sequence", metavar="N", type=int, default=512, help="tokens of the MACs (default 512)")
+    parser.add_argument(
+        "--sequence", metavar="N", type=int, help="tokens of the MACs (default 512, or the model's most)"
+    )
     _json.add_option(parser)
 
 

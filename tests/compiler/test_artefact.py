@@ -20,6 +20,7 @@ from mxloom.backends.safetensors_file import SafetensorsFile
 from mxloom.compiler import _atomic
 from mxloom.compiler.artefact import load, save
 from mxloom.compiler.compiled import Compiled
+from mxloom.compiler.inspection import inspect
 from mxloom.compiler.model_source import open_model
 from mxloom.dialects.errors import MxloomError, UsageError
 from mxloom.dialects.formats import storage_bits
@@ -177,7 +178,7 @@ def test_weights_of_mixed_blocks_are_kept_wide(compiled_as: Compile, folders: di
 def test_weights_that_a_pass_made_are_loaded(model: str, format: str, made: str, tmp_path: Path) -> None:
     """Weights times a power of two in the place of a tensor's factor, and 1 + weight of Gemma's norms."""
     torch.manual_seed(0)
-    sizes = SIZES | {"num_key_value_heads": 4, "head_dim": 8}
+    sizes: dict[str, Any] = SIZES | {"num_key_value_heads": 4, "head_dim": 8}
     own = MODELS["bert"]() if model == "bert" else transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes))
     own.save_pretrained(tmp_path / "own")
     recipe = {"quantize": [{"weights": format, "activations": format}], "passes": ["legalize-hardware"]}
@@ -390,3 +391,12 @@ def test_configuration_of_ten_million_layers(artefact: Path) -> None:
     sign(artefact)
     with pytest.raises(MxloomError, match="num_hidden_layers is 10000000, but the checkpoint holds only"):
         load(artefact)
+
+
+def test_a_model_with_few_positions_is_inspected_at_its_own_length(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = SIZES | {"max_position_embeddings": 24}
+    transformers.BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "own")
+    found = inspect(mxloom.compile(tmp_path / "own", weights="nvfp4", activations="nvfp4"))
+    # Query, key, value and output, both layers of the MLP, the products of attention, and the pooler of one position.
+    products = 4 * 32 * 32 + 2 * 32 * 48 + 2 * 24 * 32
+    assert (found.sequence, found.macs) == (24, 24 * products + 32 * 32)
