@@ -40,7 +40,7 @@ def by_definition(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: A
 
 
 @needs_native
-@pytest.mark.parametrize("rounding", ["rne", "rna", "rtz"])
+@pytest.mark.parametrize("rounding", ["rne", *(pytest.param(each, marks=pytest.mark.slow) for each in ("rna", "rtz"))])
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_kernel_has_the_bits_of_the_definition(
     format: str, rounding: str, kinds_of_data: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch

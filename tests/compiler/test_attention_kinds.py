@@ -71,7 +71,7 @@ def blocks() -> Any:
     return MiniMaxM3VLForCausalLM(config)
 
 
-@pytest.mark.parametrize(("made", "dynamic"), [(sparse, True), (blocks, False)])
+@pytest.mark.parametrize(("made", "dynamic"), [pytest.param(sparse, True, marks=pytest.mark.slow), (blocks, False)])
 def test_sparse_attention_equals_eager(made: Any, dynamic: bool) -> None:
     torch.manual_seed(0)
     model = made().eval()

@@ -65,8 +65,8 @@ def design(model: nn.Module, weights: str, activations: str, x: Tensor) -> tuple
     ("model", "shape", "weights", "activations"),
     [
         (Cnn, (3, 12, 12), "mxint8", "mxint8"),
-        (Cnn, (3, 12, 12), "mxfp4", "mxint8"),
-        (Cnn, (3, 12, 12), "int8_channel", "mxint8"),
+        pytest.param(Cnn, (3, 12, 12), "mxfp4", "mxint8", marks=pytest.mark.slow),
+        pytest.param(Cnn, (3, 12, 12), "int8_channel", "mxint8", marks=pytest.mark.slow),
         (Windows, (2, 9, 11), "mxint8", "mxint8"),
     ],
 )

@@ -80,7 +80,7 @@ def check(kind: str, found: Hardware, simulators: type[ArcSimulator] | type[Veri
             assert (outcome.latency, outcome.interval) == (found.timing.latency, found.timing.interval)
 
 
-@pytest.mark.parametrize("kind", ["bert", "bert, its layers alone"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("bert, its layers alone", marks=pytest.mark.slow)])
 def test_a_bert_layer_equals_the_reference(kind: str) -> None:
     check(kind, made(kind, "mxint8")[1])
 

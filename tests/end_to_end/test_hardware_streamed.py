@@ -87,7 +87,9 @@ def smallest(format: str) -> int:
     return int(str(found.value).rpartition(" ")[2])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format", ["mxfp4", *(pytest.param(each, marks=pytest.mark.slow) for each in FORMATS if each != "mxfp4")]
+)
 def test_a_design_without_weights_equals_the_reference(format: str) -> None:
     design = hardware(typed(format), memory=smallest(format))
     assert names(design) == ["gate", "up", "down"]

@@ -96,6 +96,7 @@ def test_yosys_reads_the_same_numbers(what: str, tmp_path: Path, monkeypatch: py
 
 
 @needs_verilator
+@pytest.mark.slow
 def test_random_starts_reach_registers_and_memories() -> None:
     """A register that is never set, and a memory that is never written, show their first bits."""
     module = StreamModule("start", {"in": 8}, {"out": 128})

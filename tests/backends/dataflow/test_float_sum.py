@@ -129,7 +129,7 @@ FEW = {"none": NO_STALLS, "random 0.5": STALLS["random 0.5"]}
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS)
-@pytest.mark.parametrize("scales", ["ordinary", "all"])
+@pytest.mark.parametrize("scales", [pytest.param("ordinary", marks=pytest.mark.slow), "all"])
 def test_every_pair_of_formats(a: str, b: str, scales: str) -> None:
     check(a, b, scales, stalls=FEW)
 
@@ -173,7 +173,7 @@ def test_terms_that_cancel() -> None:
         compare(stage, {"a": operand_beats(left, stage.unit.a, 32, 32)}, {"out": out}, load(stage, right, None), FEW)
 
 
-@pytest.mark.parametrize("partials", [1, 2, 4, 8])
+@pytest.mark.parametrize("partials", [1, 4, *(pytest.param(each, marks=pytest.mark.slow) for each in (2, 8))])
 @pytest.mark.parametrize(
     "options",
     [
@@ -200,6 +200,7 @@ def verilated(stage: Stage) -> VerilatorSimulator:
 
 
 @needs_verilator
+@pytest.mark.slow
 def test_verilator_agrees() -> None:
     check("mxfp8_e4m3", "mxint8", partials=2, size=200, bias=Point(24, 10), copies=2, device=verilated)
 
