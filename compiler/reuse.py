@@ -24,7 +24,7 @@ from ..dialects.operations._operation import Operation
 from ..dialects.operations._values import path_of
 from ..passes._sites import module_name
 from ..passes.extract import Extract
-from .hardware import COST, POSITIONS, Hardware, checked_name, write_design
+from .hardware import COST, POSITIONS, Hardware, check_apart, checked_name, write_design
 from .static_model import StaticModel
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def reused(
     _check_chain(names[0], graph)
     if not graph.loaded:
         raise MxloomError(f"{names[0]} has no memory that is loaded: nothing makes it another layer's hardware")
+    check_apart(name, graph)
     timing = fit(graph, limits or Limits(), resources)
     for each in names[1:]:
         share_stages(graph, lowered[each][1])

@@ -18,7 +18,7 @@ from ..dialects.arguments import whole_number
 from ..dialects.errors import MxloomError
 from ..dialects.formats import FixedType
 from ..dialects.operations._integer_meaning import pair
-from ..dialects.operations._shapes import UNKNOWN, element_of, shape_of
+from ..dialects.operations._shapes import element_of, shape_of
 from ..passes._context import CompileContext
 from ..passes.extract import Extract, belongs
 from .calibration import calibration_inputs
@@ -115,22 +115,20 @@ def _random(arguments: Sequence[SSAValue], count: int) -> list[list[Tensor]]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    shapes = [[16 if size == UNKNOWN else size for size in shape_of(argument)] for argument in arguments]
     ranges = [2.0 ** (width - 1 - fraction) for width, fraction in map(pair, arguments)]
     return [
-        [torch.randn(shape, generator=generator) * most / 4 for shape, most in zip(shapes, ranges, strict=True)]
+        [torch.randn(shape_of(a), generator=generator) * most / 4 for a, most in zip(arguments, ranges, strict=True)]
         for _ in range(count)
     ]
 
 
 def _samples(compiled: Compiled, arguments: Any, count: int, given: Any) -> list[list[Tensor]]:
     """Inputs of the static module: those for calibration, cut or repeated to its sizes."""
+    if given is None and lacks_inputs(compiled):
+        return _random(list(arguments), count)
     own = {argument.name_hint: argument for argument in compiled.function.body.block.args}
     wanted = [own[argument.name_hint] for argument in arguments]
-    if given is None and lacks_inputs(compiled):
-        found = _random(list(own.values()), count)
-    else:
-        found = calibration_inputs(compiled.source, list(own.values()), given, count)
+    found = calibration_inputs(compiled.source, list(own.values()), given, count)
     place = {name: index for index, name in enumerate(own)}
     fitted = [
         [_fitted(sample[place[w.name_hint]], shape_of(a)) for w, a in zip(wanted, arguments, strict=True)]
