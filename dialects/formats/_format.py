@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from xdsl.ir import TypeAttribute
@@ -57,13 +57,20 @@ class Parts:
     """The tensors of an encoded tensor.
 
     codes: one per element, in the tensor's own shape; scales and zero_points: one per block, in the shape of the grid
-    of blocks; global_scale: f32, no dimension.
+    of blocks; global_scale: f32, no dimension. Of a mixed format these are the low format's, `high_...` are the high
+    one's in the same shapes, and choice (uint8, in the shape of the grid of blocks) is 1 where a block is a high one;
+    codes and scales of the format that a block is not in are 0.
     """
 
     codes: Tensor
     scales: Tensor | None = None
     global_scale: Tensor | None = None
     zero_points: Tensor | None = None
+    choice: Tensor | None = None
+    high_codes: Tensor | None = None
+    high_scales: Tensor | None = None
+    high_global_scale: Tensor | None = None
+    high_zero_points: Tensor | None = None
 
 
 Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
@@ -71,14 +78,28 @@ Layout = dict[str, "tuple[torch.dtype, tuple[int, ...]]"]
 
 @dataclass(frozen=True)
 class Given:
-    """Scales (and zero points) that stand already and are to be kept as they are."""
+    """Scales (and zero points, and the choice of a mixed format) that stand already and are to be kept as they are.
+
+    scales, global_scale and zero_points are those of the format, of a mixed one those of its low format; choice: uint8
+    or bool, one per block in the shape of the grid, 1 where the block is kept in the high format; high_...: of the high
+    format. symmetric: integers keep the symmetric range that they have without given scales (-7 to 7, not -8 to 7).
+    """
 
     scales: Tensor | None = None
     global_scale: Tensor | None = None
     zero_points: Tensor | None = None
+    choice: Tensor | None = None
+    high_scales: Tensor | None = None
+    high_global_scale: Tensor | None = None
+    high_zero_points: Tensor | None = None
+    symmetric: bool = False
 
     def __bool__(self) -> bool:
-        return any(part is not None for part in (self.scales, self.global_scale, self.zero_points))
+        return any(getattr(self, part) is not None for part in GIVEN_PARTS)
+
+
+GIVEN_PARTS = tuple(field.name for field in fields(Given) if field.name != "symmetric")
+"""What may be given, by name."""
 
 
 class Numbers(ABC):

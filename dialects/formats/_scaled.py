@@ -10,7 +10,7 @@ from xdsl.dialects.builtin import f8E8M0FNU
 
 from ..errors import MxloomError
 from ._element import Element, Fixed
-from ._format import Given, Parts, Rounding
+from ._format import GIVEN_PARTS, Given, Parts, Rounding
 from ._plain import working_dtype
 from ._rounding import round_to_integers
 from ._scale import (
@@ -203,7 +203,8 @@ def _accept(given: Given, scaling: Scaling) -> Scales:
     import torch
 
     needed = {"scales": True, "global_scale": scaling.two_levels, "zero_points": scaling.zero_points}
-    for name, wanted in needed.items():
+    for name in GIVEN_PARTS:
+        wanted = needed.get(name, False)
         if (getattr(given, name) is not None) != wanted:
             raise MxloomError(f"given scales: {name} {'is missing' if wanted else 'has no place in this format'}")
     grid = scaling.tiling.grid

@@ -129,7 +129,8 @@ class BlockType(ParametrizedAttribute, Format):
         return _scaled.quantize(x, self.scaling(x.shape), how, self.rule(how))
 
     def encode(self, x: Tensor, how: Rounding, given: Given) -> Parts:
-        return _scaled.encode(x, self.scaling(x.shape, full_range=bool(given)), how, self.rule(how), given)
+        full_range = bool(given) and not given.symmetric
+        return _scaled.encode(x, self.scaling(x.shape, full_range=full_range), how, self.rule(how), given)
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         return _scaled.decode(parts, self.scaling(parts.codes.shape), dtype)
