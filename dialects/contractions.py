@@ -109,9 +109,8 @@ def coded_tensor(encoded: Encoded, *, transposed: bool = False) -> Coded:
     """The codes of a tensor that is encoded already; `transposed` has K as the last but one dimension."""
     if not transposed:
         return coded_parts(encoded.parts, encoded.format)
-    codes, scales, over, zeros = (_swapped(part) for part in vars(encoded.parts).values())
-    assert codes is not None
-    return coded_parts(Parts(codes, scales, over, zeros), transposed_format(encoded.format))
+    swapped = {name: _swapped(part) for name, part in vars(encoded.parts).items()}
+    return coded_parts(Parts(**swapped), transposed_format(encoded.format))  # pyright: ignore[reportArgumentType]
 
 
 def _swapped(part: Tensor | None) -> Tensor | None:
