@@ -18,6 +18,7 @@ from ..dialects.operations.contraction import Contraction
 from ..dialects.operations.opaque import AtenOp
 from ..dialects.operations.parameter import ParameterOp
 from ..passes._context import Calibration, CompileContext
+from ..passes._given import forget_wide
 from ..passes._sites import sites
 from ..passes.accumulate import Accumulate
 from ..passes.quantize import RuleError
@@ -72,17 +73,19 @@ def compile(
     reference = _reference(source, chosen)
     module = import_source(source, tell).clone()
     arguments = body(module).args
+    own = source.weights.copy()  # what passes do to weights is the compiled model's own
     run_pipeline(
         module,
-        source.weights,
+        own,
         pipeline,
         chosen,
         tell,
         lambda samples: calibration_inputs(source, arguments, calibration, samples),
     )
+    forget_wide(own)
     compiled = Compiled(
         module=module,
-        weights=source.weights,
+        weights=own,
         source=source,
         pipeline=pipeline,
         recipe=chosen.to_json() if chosen else None,

@@ -7,23 +7,21 @@ from typing import TYPE_CHECKING, cast
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, StringAttr
-from xdsl.ir import Operation as XdslOperation
-from xdsl.ir import SSAValue, TypeAttribute
+from xdsl.ir import TypeAttribute
 from xdsl.passes import ModulePass
 from xdsl.rewriter import InsertPoint, Rewriter
 
-from ..backends.reference import results
 from ..backends.weight_store import WeightStore
 from ..dialects.formats import encode_tensor, has_stored_form, is_wide
-from ..dialects.operations._operation import Operation
 from ..dialects.operations._origin import stored_readers
 from ..dialects.operations._shapes import element_of
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
 from ._context import weights_of
+from ._given import erase_unused, laid_out
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
     free = {source} if len(casts) == len(readers) else set[str]()
     # Encoded before anything is put into the store: the first encoding may take the wide tensor's name.
     encoded = [
-        encode_tensor(_laid_out(c.input, weights), cast(TypeAttribute, c.result.type.element_type), c.how())
+        encode_tensor(laid_out(c.input, weights), cast(TypeAttribute, c.result.type.element_type), c.how())
         for c in casts
     ]
     for position, (op, value) in enumerate(zip(casts, encoded, strict=True)):
@@ -61,25 +59,7 @@ def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
         stored.result.name_hint = parameter.result.name_hint if name == source else op.result.name_hint
         Rewriter.insert_op(stored, InsertPoint.before(op))
         op.result.replace_all_uses_with(stored.result)
-        _erase_unused(op)
-
-
-def _laid_out(value: SSAValue, weights: WeightStore) -> Tensor:
-    """A parameter's values, moved as the operations between it and `value` move them."""
-    owner = cast(Operation, value.owner)
-    if isinstance(owner, ParameterOp):
-        return weights.wide(owner.source.data)
-    below = owner.operands[0]
-    return results(owner, owner.call(), {below: _laid_out(below, weights)})[0]
-
-
-def _erase_unused(op: XdslOperation) -> None:
-    """Erase an operation that nobody reads, and what only it read."""
-    below = [operand.owner for operand in op.operands]
-    Rewriter.erase_op(op)
-    for owner in below:
-        if isinstance(owner, Operation) and not any(result.uses for result in owner.results):
-            _erase_unused(owner)
+        erase_unused(op)
 
 
 def _second_name(source: str, op: CastOp, position: int) -> str:
