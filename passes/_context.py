@@ -24,6 +24,7 @@ class CompileContext(Context):
 
     weights: WeightStore | None = field(default=None)
     calibration: Calibration | None = field(default=None)
+    notes: list[str] = field(default_factory=list)
 
 
 def weights_of(ctx: Context, pass_name: str) -> WeightStore:
@@ -35,6 +36,13 @@ def weights_of(ctx: Context, pass_name: str) -> WeightStore:
             "run it through `mxloom compile`, which opens the model"
         )
     return weights
+
+
+def note(ctx: Context, line: str) -> None:
+    """Keep a line for the report: what a pass did, and what it left alone and why."""
+    notes = getattr(ctx, "notes", None)
+    if notes is not None:
+        notes.append(line)
 
 
 def calibration_of(ctx: Context, pass_name: str, samples: int) -> Sequence[Sequence[Tensor]]:
