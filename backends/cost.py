@@ -16,6 +16,7 @@ from ..dialects.operations._origin import is_weight
 from ..dialects.operations._values import path_of, torch_dtype
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.contraction import Contraction, is_outer_product, weights_of
+from ..dialects.operations.hadamard import HadamardOp
 from ..dialects.operations.opaque import AtenOp
 from ..dialects.windows import WindowAttr
 from ._opaque_macs import opaque_macs
@@ -69,6 +70,8 @@ class Cost:
     inputs: tuple[tuple[int, ...], ...]
     tensors: tuple[Tensor, ...]
     contractions: tuple[Contracted, ...]
+    additions: int = 0
+    """Additions and subtractions of the rotations (`mx.hadamard`) at run time."""
 
     @property
     def parameters(self) -> int:
@@ -133,6 +136,7 @@ class Cost:
             f"{self.weight_bits:.4f} bits a parameter ({self.quantized_weight_bits:.4f} where quantized), "
             f"{self.activation_bits:.4f} bits an activation, {self.bytes:,} bytes, {self.macs:,} MACs, "
             f"{self.traffic_bytes:,} bytes of traffic"
+            f"{f', {self.additions:,} additions of rotations' if self.additions else ''}"
         )
         if not self.padded:
             return totals
@@ -149,6 +153,7 @@ class Cost:
             "bytes",
             "macs",
             "traffic_bytes",
+            "additions",
         )
         return {
             "inputs": [list(s) for s in self.inputs],
@@ -171,12 +176,15 @@ def cost(
     values = values_of(module, sizes)
     shapes = shapes_in(values)
     contractions = list[Contracted]()
+    additions = 0
     for op in module.walk():
         if isinstance(op, Contraction):
             contractions.append(_contracted(op, shapes))
+        elif isinstance(op, HadamardOp):
+            additions += op.additions(lambda v: shapes[v])
         elif isinstance(op, AtenOp) and (found := _opaque(op, shapes, values)) is not None:
             contractions.append(found)
-    return Cost(tuple(sizes), tuple(stored_tensors(module, weights, state)), tuple(contractions))
+    return Cost(tuple(sizes), tuple(stored_tensors(module, weights, state)), tuple(contractions), additions)
 
 
 def _contracted(op: Contraction, shapes: Shapes) -> Contracted:

@@ -1,4 +1,4 @@
-"""The torch operators that stand for our own operations: attention, rms_norm, rope, expert_linear, quantize.
+"""The torch operators that stand for our own operations: attention, rms_norm, rope, expert_linear, quantize, hadamard.
 
 Each has a meaning, a fake kernel (shapes alone) and a backward, so that a captured model stays differentiable.
 Rounding passes its gradient straight through.
@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .errors import MxloomError
+from .hadamard import hadamard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ _SCHEMAS = {
     "quantize": '(Tensor input, str format, str? scale_rule=None, str rounding="rne", float? clip=None, int seed=0, '
     "float? threshold=None, bool exact=False, Tensor? sensitivity=None) -> Tensor",
     "convert": "(Tensor input, ScalarType dtype, str rounding, int seed=0) -> Tensor",
+    "hadamard": "(Tensor input, int size, int dim=-1, int? seed=None) -> Tensor",
 }
 
 _SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -274,6 +276,7 @@ def register() -> object:
         library.define(name + schema)
     library.impl("rms_norm", rms_norm, "CompositeImplicitAutograd")
     library.impl("rope", rope, "CompositeImplicitAutograd")
+    library.impl("hadamard", hadamard, "CompositeImplicitAutograd")
     _define(library, "attention", attention, _attention_fake, _recompute(attention))
     _define(library, "expert_linear", expert_linear, _expert_fake, _expert_backward)
     _define(library, "convert", convert, lambda input, dtype, *_: torch.empty_like(input, dtype=dtype), _converted_back)
