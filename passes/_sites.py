@@ -164,7 +164,7 @@ class Site:
 
     def _owns(self, index: int) -> bool:
         """Whether operand `index` is the one called `self.operand` (one value may stand in two operands)."""
-        return _operand_names(self.operation)[index] == self.operand
+        return operand_names(self.operation)[index] == self.operand
 
     def _reduced(self) -> tuple[int, ...]:
         """What blocks run along."""
@@ -239,7 +239,7 @@ def _is_float(value: SSAValue) -> bool:
     return not isinstance(cast(TensorType, value.type).element_type, IntegerType | IndexType)
 
 
-def _operand_names(operation: Operation) -> list[str]:
+def operand_names(operation: Operation) -> list[str]:
     """The declared field of each operand, in order."""
     names: list[str] = []
     for field in operation.get_irdl_definition().operands:  # pyright: ignore[reportAttributeAccessIssue]
