@@ -116,7 +116,7 @@ def _round(x: Tensor, scaling: Scaling, how: Rounding, rule: str, given: Given) 
     blocks = tiling.split(x.to(working_dtype(x.dtype, element)))
     if given and element.nan_code is None and x.isnan().any():
         raise MxloomError("NaN has no code under given scales: replace it before encoding")
-    scales = _accept(given, scaling) if given else _choose(blocks, scaling, how, rule)
+    scales = _accept(given, scaling) if _complete(given) else _choose(blocks, scaling, how, rule, given.global_scale)
     scaled = _divide(blocks, scales, tiling)
     if scales.zeros is None:
         return Rounded(element.round(scaled, how), scales, None)
@@ -137,10 +137,17 @@ def _divide(blocks: Tensor, scales: Scales, tiling: Tiling) -> Tensor:
     return blocks / tiling.spread(factors.masked_fill_(factors == 0, torch.inf))
 
 
-def _choose(blocks: Tensor, scaling: Scaling, how: Rounding, rule: str) -> Scales:
-    """The scales that the rule makes for these blocks."""
+def _complete(given: Given) -> bool:
+    """Whether more is given than the scale over the block scales, which leaves these to the rule."""
+    return any(getattr(given, part) is not None for part in GIVEN_PARTS if part != "global_scale")
+
+
+def _choose(blocks: Tensor, scaling: Scaling, how: Rounding, rule: str, over: Tensor | None = None) -> Scales:
+    """The scales that the rule makes for these blocks, where it is given under a scale of the tensor."""
     import torch
 
+    if over is not None and not scaling.two_levels:
+        raise MxloomError("given scales: global_scale has no place in this format")
     if rule == "minmax":
         return _affine(blocks, scaling, how)
     grid, element = scaling.tiling.grid, scaling.element
@@ -154,7 +161,9 @@ def _choose(blocks: Tensor, scaling: Scaling, how: Rounding, rule: str) -> Scale
     if not scaling.two_levels:
         return Scales(store_scale(divided(largest.to(torch.float64), element.largest), scaling.scale))
     overall = _clipped(_largest_number(magnitudes, largest), how)
-    over = tensor_scale(overall, element, scaling.scale)
+    over = (
+        tensor_scale(overall, element, scaling.scale) if over is None else _exactly(over, (), torch.float32, "global")
+    )
     quotients = divided(largest, element.largest) / over.to(largest.dtype)
     return Scales(store_scale(quotients.to(torch.float64), scaling.scale), over)
 
