@@ -14,16 +14,25 @@ from ..dialects.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ._statistics import Statistics
+
 Calibration = Callable[[int], Sequence[Sequence["Tensor"]]]
 """Answers with at most so many inputs of the module, each all of its arguments in order."""
 
 
 @dataclass
 class CompileContext(Context):
-    """xDSL's context with the weights of the model that is compiled, and inputs that show what it computes."""
+    """xDSL's context with the weights of the model that is compiled, and inputs that show what it computes.
+
+    `samples` inputs are taken where a pass does not say how many; `statistics` are those of the module as it stands
+    (see `statistics_of`); `task` is the model's; what passes have to tell goes into `notes`.
+    """
 
     weights: WeightStore | None = field(default=None)
     calibration: Calibration | None = field(default=None)
+    samples: int = field(default=128)
+    statistics: Statistics | None = field(default=None)
+    task: str | None = field(default=None)
     notes: list[str] = field(default_factory=list)
 
 

@@ -1,0 +1,154 @@
+"""Sums over calibration rows: ranges and moments of channels, second moments of rows, squared gradients."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, cast
+
+from ..dialects.errors import MxloomError
+from ..dialects.operations._shapes import shape_of
+from ..dialects.operations.contraction import ConvOp, ExpertLinearOp
+from ._observed import Gradients, Products, Values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ._samples import Sample
+
+Sums = dict[str, "Tensor"]
+"""Named tensors that are added up over samples and shards (`minimum` and `maximum` are not added, but compared)."""
+
+
+def rows_of(values: Values | Gradients, tensor: Tensor, sample: Sample) -> Tensor:
+    """The rows of a value that are data, [rows, *channels]."""
+    if values.heads:
+        rows = tensor.movedim(1, -2)
+        leading, channels = rows.shape[:-2], rows.shape[-2:]
+    else:
+        rows = tensor.movedim(values.channel, -1)
+        leading, channels = rows.shape[:-1], rows.shape[-1:]
+    valid = sample.rows(leading, values.key)
+    rows = rows.reshape(prod(leading), *channels)
+    if values.shape == (1,):
+        valid = None if valid is None else valid.repeat_interleave(prod(channels))
+        rows = rows.reshape(-1, 1)
+    return rows if valid is None else rows[valid]
+
+
+def add_values(sums: Sums, values: Values, tensor: Tensor, sample: Sample) -> None:
+    """Add the rows of one sample: their number, the extremes and the moments of each channel."""
+    import torch
+
+    rows = rows_of(values, tensor.detach(), sample)
+    if not sums:
+        sums["rows"] = torch.zeros((), dtype=torch.int64)
+        sums["minimum"] = torch.full(values.shape, torch.inf)
+        sums["maximum"] = torch.full(values.shape, -torch.inf)
+        for name in ("sum", "magnitude", "square"):
+            sums[name] = torch.zeros(values.shape, dtype=torch.float64)
+    if not len(rows):
+        return
+    rows = rows.float()
+    least, most = rows.aminmax(dim=0)
+    if not bool((least.isfinite() & most.isfinite()).all()):
+        raise MxloomError(
+            f"{values.key}: {int((~rows.isfinite()).sum())} of {rows.numel()} values are NaN or infinite; "
+            "the model, or an input, is at fault: no statistics can be had of them"
+        )
+    sums["rows"] += len(rows)
+    torch.minimum(sums["minimum"], least, out=sums["minimum"])
+    torch.maximum(sums["maximum"], most, out=sums["maximum"])
+    sums["sum"] += rows.sum(0)
+    sums["magnitude"] += rows.abs().sum(0)
+    sums["square"] += rows.square().sum(0)
+
+
+def add_products(sums: Sums, products: Products, tensor: Tensor, index: Tensor | None, sample: Sample) -> None:
+    """Add X^T X of the rows X [rows, K] of one sample: [K, K], or [parts, K, K] for experts and groups."""
+    import torch
+
+    if not sums:
+        shape = (products.size, products.size)
+        sums["products"] = torch.zeros(shape if products.parts == 1 else (products.parts, *shape))
+        sums["rows"] = torch.zeros(products.parts, dtype=torch.int64)
+    for part, rows in enumerate(_parts(products, tensor.detach(), index, sample)):
+        held = sums["products"] if products.parts == 1 else sums["products"][part]
+        rows = rows.float()
+        held.addmm_(rows.T, rows)
+        sums["rows"][part] += len(rows)
+
+
+def _parts(products: Products, tensor: Tensor, index: Tensor | None, sample: Sample) -> list[Tensor]:
+    operation = products.operation
+    if isinstance(operation, ConvOp):
+        windows = windows_of(operation, tensor)
+        valid = sample.rows(windows.shape[:-1], products.key)
+        rows = windows.reshape(-1, products.parts, products.size)
+        rows = rows if valid is None else rows[valid]
+        return list(rows.unbind(1))
+    channel = operation.reduced()[products.operand][0]
+    rows = tensor.movedim(channel, -1)
+    valid = sample.rows(rows.shape[:-1], products.key)
+    rows = rows.reshape(-1, rows.shape[-1])
+    if isinstance(operation, ExpertLinearOp):
+        assert index is not None
+        index = index if valid is None else index.masked_fill(~valid, -1)
+        return [rows[index == expert] for expert in range(products.parts)]
+    return [rows if valid is None else rows[valid]]
+
+
+def windows_of(operation: ConvOp, tensor: Tensor) -> Tensor:
+    """What a convolution multiplies with its weight at each position: [B, *positions, C * kernel] (im2col).
+
+    The columns lie as the weight's own do: channel, then kernel position; those of a group lie together.
+    """
+    import torch
+
+    stride, padding, dilation = (operation.per_dimension(name) for name in ("stride", "padding", "dilation"))
+    kernel = shape_of(operation.weight)[2:]
+    edges = [size for pad in reversed(padding) for size in (pad, pad)]
+    tensor = torch.nn.functional.pad(tensor, edges)
+    spatial = tensor.shape[2:]
+    positions = [
+        (size - step * (width - 1) - 1) // by + 1
+        for size, width, by, step in zip(spatial, kernel, stride, dilation, strict=True)
+    ]
+    strides = tensor.stride()
+    moved = [by * size for by, size in zip(stride, strides[2:], strict=True)]
+    inside = [step * size for step, size in zip(dilation, strides[2:], strict=True)]
+    view = tensor.as_strided((*tensor.shape[:2], *positions, *kernel), (*strides[:2], *moved, *inside))
+    channels_last = view.movedim(1, 1 + len(positions))
+    return channels_last.reshape(tensor.shape[0], *positions, -1)
+
+
+def add_gradient(sums: Sums, gradients: Gradients, gradient: Tensor, sample: Sample) -> None:
+    """Add the squares of one sample's gradient: of a weight element by element, of another value by channel."""
+    import torch
+
+    if not sums:
+        sums["squares"] = torch.zeros(gradients.shape, dtype=torch.float32 if gradients.is_weight else torch.float64)
+        sums["rows"] = torch.zeros((), dtype=torch.int64)
+    if gradients.is_weight:
+        sums["squares"].addcmul_(gradient, gradient)
+        sums["rows"] += 1
+        return
+    rows = rows_of(gradients, gradient, sample).float()
+    sums["squares"] += rows.square().sum(0)
+    sums["rows"] += len(rows)
+
+
+def add_table_gradient(sums: Sums, gradients: Gradients, indices: Tensor, gradient: Tensor) -> None:
+    """As `add_gradient` for a table [V, D] of which rows were looked up: only those have a gradient.
+
+    indices [...], gradient [..., D] of what was found there.
+    """
+    import torch
+
+    if not sums:
+        sums["squares"] = torch.zeros(gradients.shape)
+        sums["rows"] = torch.zeros((), dtype=torch.int64)
+    used, place = indices.flatten().unique(return_inverse=True)
+    total = gradient.new_zeros(len(used), gradient.shape[-1])
+    total.index_add_(0, place, gradient.reshape(-1, gradient.shape[-1]))
+    sums["squares"].index_add_(0, used, cast("Tensor", total.square()))
+    sums["rows"] += 1
