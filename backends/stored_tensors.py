@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Attribute
+from xdsl.ir import Attribute, SSAValue
 
 from ..dialects.errors import MxloomError
-from ..dialects.formats import bits, is_wide, storage_bits
+from ..dialects.formats import MixedType, bits, is_wide, storage_bits
 from ..dialects.instances import name_of
 from ..dialects.operations._origin import stored_readers
 from ..dialects.operations._shapes import element_of, shape_of
@@ -63,12 +63,14 @@ def stored_tensors(module: ModuleOp, weights: WeightStore, state: Iterable[str] 
         own = element_of(op.result)
         narrow = [cast for cast in stored_readers(op) if cast is not None] if is_wide(own) else []
         for cast in narrow:
-            yield sized(op.source.data, element_of(cast.result), shape_of(cast.result))
+            result = cast.result
+            yield sized(op.source.data, element_of(result), shape_of(result), high_blocks(result, weights))
         key = op.source.data, None if is_wide(own) else own
         if key in seen or (narrow and None not in stored_readers(op)):
             continue
         seen.add(key)
-        yield _wide(op.source.data, weights) if is_wide(own) else sized(op.source.data, own, shape_of(op.result))
+        shape, name = shape_of(op.result), op.source.data
+        yield _wide(name, weights) if is_wide(own) else sized(name, own, shape, high_blocks(op.result, weights))
     yield from _unread([op.source.data for op in parameters], weights, state)
 
 
@@ -90,9 +92,23 @@ def second_names(read: Iterable[str], weights: WeightStore, state: Iterable[str]
     return {name: first.get(weights.canonical(name), name) for name in state if name not in read}
 
 
-def sized(name: str, format: Attribute, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of the shape in the format."""
-    return Tensor(name, name_of(format), prod(shape), storage_bits(format, shape), bits(format) * prod(shape))
+def sized(name: str, format: Attribute, shape: tuple[int, ...], high_blocks: int | None = None) -> Tensor:
+    """A tensor of the shape in the format; in a mixed one the most that it can take, unless `high_blocks` are known."""
+    count = prod(shape)
+    if not isinstance(format, MixedType) or high_blocks is None:
+        return Tensor(name, name_of(format), count, storage_bits(format, shape), bits(format) * count)
+    low_share = 1 - high_blocks / max(format.blocks(shape), 1)
+    own_bits = format.bits_at(low_share) * count
+    return Tensor(name, name_of(format), count, format.storage_bits_at(shape, high_blocks), own_bits)
+
+
+def high_blocks(value: SSAValue, weights: WeightStore) -> int | None:
+    """How many blocks of a value in a mixed format are high, where its choice is stored; None for any other value."""
+    owner, format = value.owner, element_of(value)
+    if not isinstance(format, MixedType) or not isinstance(owner, ParameterOp):
+        return None
+    parts = {part: weights[stored] for part, stored in weights.parts(owner.source.data).items() if part == "choice"}
+    return format.high_blocks(shape_of(value), parts)
 
 
 def _wide(name: str, weights: WeightStore) -> Tensor:

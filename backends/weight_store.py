@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
     from ..dialects.formats import Encoded
 
-PARTS = ("codes", "scales", "global_scale", "zero_points")
+PARTS = (
+    *("codes", "scales", "global_scale", "zero_points"),
+    *("high_codes", "high_scales", "high_global_scale", "high_zero_points", "choice", "offsets"),
+)
 """What an encoded tensor `name` is stored as: `name.codes`, `name.scales` ..."""
 
 ALIGNMENT = 64
@@ -190,16 +194,20 @@ class WeightStore(Mapping[str, "Tensor"]):
 
     def declare(self, name: str, format: TypeAttribute, shape: tuple[int, ...]) -> None:
         """Say that the parts stored for `name` are a tensor of `shape` in `format`; MxloomError if they cannot be."""
-        from ..dialects.formats import storage_bits
         from ..dialects.formats._builtin import numbers_of
 
-        parts = self.parts(name)
+        numbers, parts = numbers_of(format), self.parts(name)
         if not parts:
             raise MxloomError(f"{name}: no codes are stored for it, though it is typed {format}.")
-        stored, needed = sum(self.stored_bits(part) for part in parts.values()), storage_bits(format, shape)
-        if not 0 <= stored - needed < 8 * len(parts):  # each part fills its last byte
+        if reason := numbers.why_not(shape):
+            raise MxloomError(f"{name}: {reason}")
+        tensors = {part: self[stored] for part, stored in parts.items()}
+        with _named(name):
+            layout = numbers.layout(shape, tensors)
+        stored = sum(self.stored_bits(part) for part in parts.values())
+        needed = sum(8 * prod(size) * dtype.itemsize for dtype, size in layout.values())
+        if stored != needed:
             raise MxloomError(f"{name}: {stored} bits are stored; {list(shape)} in {format} takes {needed}.")
-        layout = numbers_of(format).layout(shape)
         if parts.keys() != layout.keys():
             raise MxloomError(f"{name}: stored as {', '.join(parts)}; {format} has {', '.join(layout)}.")
         for part, (dtype, size) in layout.items():
@@ -209,6 +217,8 @@ class WeightStore(Mapping[str, "Tensor"]):
                     f"{parts[part]}: is {held[0]} of shape {list(held[1])}; "
                     f"{list(shape)} in {format} takes {dtype} of shape {list(size)}."
                 )
+        with _named(name):
+            numbers.check(tensors, shape)
         self._formats[name] = (format, tuple(shape))
 
     def discard(self, name: str) -> None:
@@ -271,7 +281,7 @@ class WeightStore(Mapping[str, "Tensor"]):
     def check_scales(self) -> None:
         """MxloomError names the first encoded tensor with a scale that is NaN or infinite, which no reader survives."""
         for name in self._formats:
-            for part in {"scales", "global_scale"} & self.parts(name).keys():
+            for part in {part for part in self.parts(name) if part.endswith(("scales", "global_scale"))}:
                 scales = self[f"{name}.{part}"]
                 bad = scales.numel() - int(scales.float().isfinite().sum())
                 if bad:
@@ -301,6 +311,15 @@ class WeightStore(Mapping[str, "Tensor"]):
 
     def _unknown(self, name: str) -> UnknownWeightError:
         return UnknownWeightError(f"no weight is named {name!r}{did_you_mean(name, self)}.")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors about a part of an encoded tensor, which begin with the part's name, begin with `name` and its name."""
+    try:
+        yield
+    except MxloomError as error:
+        raise MxloomError(f"{name}.{error}") from error
 
 
 def wide_floats() -> tuple[Dtype, ...]:

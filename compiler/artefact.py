@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -63,7 +64,7 @@ def save(compiled: Compiled, directory: str | Path) -> Path:
         write_safetensors(folder / WEIGHTS, tensors)
         save_companions(compiled.source.files, folder)
         _write_json(folder / CONFIG, _config(compiled.source, module, tied))
-        _write_json(folder / REPORT, compiled.report())
+        _write_json(folder / REPORT, _report(compiled, module, weights))
         provenance = {
             "format_version": FORMAT_VERSION,
             "pipeline": compiled.pipeline,
@@ -103,6 +104,11 @@ def load(directory: str | Path) -> Compiled:
 
 
 _OWN_FIELDS = {"format_version", "files", "recipe"}
+
+
+def _report(compiled: Compiled, module: ModuleOp, weights: WeightStore) -> dict[str, Any]:
+    """The report, its sizes those of the tensors as they are stored: packing decides how large mixed blocks are."""
+    return replace(compiled, module=module, weights=weights).report() | {"notes": compiled.notes()}
 
 
 def _stored(source: ModelSource, module: ModuleOp, weights: WeightStore) -> tuple[dict[str, Tensor], dict[str, str]]:

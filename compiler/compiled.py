@@ -17,10 +17,7 @@ from ..backends.stored_tensors import stored_tensors
 from ..backends.weight_store import WeightStore
 from ..dialects.arguments import whole_number
 from ..dialects.errors import UsageError
-from ..dialects.formats import has_stored_form, is_wide
-from ..dialects.operations._origin import stored_readers
-from ..dialects.operations._shapes import UNKNOWN, element_of, shape_of
-from ..dialects.operations.parameter import ParameterOp
+from ..dialects.operations._shapes import UNKNOWN, shape_of
 from .inputs import completed, field_names, fitted, not_captured
 from .model_source import ModelSource
 
@@ -201,23 +198,6 @@ class Compiled:
             if len(own) > 1
         ]
 
-    def _stored_wide(self) -> list[str]:
-        """A line on the weights whose format has no stored form, which the file holds wide."""
-        found: dict[str, None] = {}
-        for op in self.module.walk():
-            if isinstance(op, ParameterOp) and is_wide(element_of(op.result)):
-                casts = [cast for cast in stored_readers(op) if cast is not None]
-                if any(not has_stored_form(element_of(cast.result)) for cast in casts):
-                    found[op.source.data] = None
-        if not found:
-            return []
-        size = sum(self.weights.stored_bits(name) for name in found) // 8
-        return [
-            f"{len(found)} weights in mixed formats are written wide ({size:,} bytes) and rounded on use, since mixed "
-            f"formats have no stored form yet; the cost counts them as packed: {', '.join(list(found)[:3])}"
-            f"{', ...' if len(found) > 3 else ''}"
-        ]
-
     def _coarse(self) -> list[str]:
         """A line on the values whose range is too small to have significant bits (`legalize-hardware`)."""
         named = self.function.attributes.get("coarse")
@@ -233,7 +213,7 @@ class Compiled:
 
     def notes(self) -> list[str]:
         """What is unusual: about the checkpoint, and about what the formats did to it."""
-        return [*self.source.notes, *self._twice_stored(), *self._stored_wide(), *self._coarse()]
+        return [*self.source.notes, *self._twice_stored(), *self._coarse()]
 
     def save(self, directory: str | Path) -> Path:
         """Write the artefact folder (see `mxloom.load`)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, StringAttr
@@ -12,16 +12,12 @@ from xdsl.passes import ModulePass
 from xdsl.rewriter import InsertPoint, Rewriter
 
 from ..backends.weight_store import WeightStore
-from ..dialects.formats import encode_tensor, has_stored_form, is_wide
+from ..dialects.formats import Encoded, MixedType, block_impact, encode_tensor, is_wide
 from ..dialects.operations._origin import stored_readers
-from ..dialects.operations._shapes import element_of
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
 from ._context import weights_of
 from ._given import erase_unused, laid_out
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Pack(ModulePass):
     The first cast of a parameter that has no other reader takes over the parameter's name; a further one, or one
     beside readers of the wide tensor, gets the name with `.as.<reader>` behind it, so that a tied weight in two
     formats is stored as the two tensors it then is. A weight that is cast in another layout is stored in that layout.
-    What has no stored form (mixed formats) stays a cast of the wide tensor. Needs the weights.
+    Needs the weights.
     """
 
     name = "pack"
@@ -44,14 +40,11 @@ class Pack(ModulePass):
 
 def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
     readers = stored_readers(parameter) if is_wide(parameter.result.type.element_type) else []
-    casts = [c for c in readers if c is not None and has_stored_form(element_of(c.result))]
+    casts = [c for c in readers if c is not None]
     source = parameter.source.data
     free = {source} if len(casts) == len(readers) else set[str]()
     # Encoded before anything is put into the store: the first encoding may take the wide tensor's name.
-    encoded = [
-        encode_tensor(laid_out(c.input, weights), cast(TypeAttribute, c.result.type.element_type), c.how())
-        for c in casts
-    ]
+    encoded = [_encoded(c, weights) for c in casts]
     for position, (op, value) in enumerate(zip(casts, encoded, strict=True)):
         name = free.pop() if free else _second_name(source, op, position)
         weights.put_encoded(name, value)
@@ -60,6 +53,15 @@ def _fold(parameter: ParameterOp, weights: WeightStore) -> None:
         Rewriter.insert_op(stored, InsertPoint.before(op))
         op.result.replace_all_uses_with(stored.result)
         erase_unused(op)
+
+
+def _encoded(op: CastOp, weights: WeightStore) -> Encoded:
+    """What a cast of a parameter makes of it."""
+    wide, format, how = laid_out(op.input, weights), cast(TypeAttribute, op.result.type.element_type), op.how()
+    if op.sensitivity is None or not isinstance(format, MixedType) or how.threshold is None:
+        return encode_tensor(wide, format, how)
+    impact = block_impact(wide, format, laid_out(op.sensitivity, weights), how)
+    return encode_tensor(wide, format, how, choice=impact > how.threshold)
 
 
 def _second_name(source: str, op: CastOp, position: int) -> str:

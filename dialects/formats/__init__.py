@@ -12,7 +12,6 @@ from ._format import Rounding as Rounding
 from ._interface import bits as bits
 from ._interface import default_scale_rule as default_scale_rule
 from ._interface import encode_tensor as encode_tensor
-from ._interface import has_stored_form as has_stored_form
 from ._interface import is_wide as is_wide
 from ._interface import quantize as quantize
 from ._interface import refusal as refusal
@@ -24,6 +23,7 @@ from .fixed import FixedType as FixedType
 from .minifloat import MinifloatType as MinifloatType
 from .mixed import MixedType as MixedType
 from .mixed import block_impact as block_impact
+from .mixed import decode_block as decode_block
 from .ternary import TernaryType as TernaryType
 
 

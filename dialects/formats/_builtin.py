@@ -116,7 +116,7 @@ class Counted(Numbers):
     def pack(self, parts: Parts) -> Tensor:
         raise self.refusal
 
-    def layout(self, shape: Sequence[int]) -> Layout:
+    def layout(self, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Layout:
         raise self.refusal
 
     def restore(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Parts:
@@ -191,7 +191,7 @@ class WideFloat(Numbers):
 
         return parts.codes.reshape(-1).view(torch.uint8)
 
-    def layout(self, shape: Sequence[int]) -> Layout:
+    def layout(self, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Layout:
         return {"codes": byte_stream(self.storage_bits(shape))}
 
     def restore(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,9 @@ class Encoded:
 
     codes [shape]: uint8 for minifloats, int8 (int16, int32 where wider) for integers; scales: one per block, in the
     shape of the grid of blocks and the torch dtype of the format's scale; global_scale: f32 without dimension;
-    zero_points: like scales, in the dtype of the codes. What the format lacks is None.
+    zero_points: like scales, in the dtype of the codes. Of a mixed format these are the low format's, `high_...` the
+    high one's, and choice (uint8, the shape of the grid of blocks) is 1 where a block is high; codes and scales of the
+    format that a block is not in are 0. What the format lacks is None.
     """
 
     format: TypeAttribute
@@ -34,16 +36,21 @@ class Encoded:
     scales: Tensor | None = None
     global_scale: Tensor | None = None
     zero_points: Tensor | None = None
+    choice: Tensor | None = None
+    high_codes: Tensor | None = None
+    high_scales: Tensor | None = None
+    high_global_scale: Tensor | None = None
+    high_zero_points: Tensor | None = None
 
     @classmethod
     def of(cls, format: TypeAttribute, parts: Parts) -> Encoded:
         """The encoded tensor that consists of `parts`."""
-        shape = tuple(parts.codes.shape)
-        return cls(format, shape, parts.codes.contiguous(), parts.scales, parts.global_scale, parts.zero_points)
+        found = vars(parts) | {"codes": parts.codes.contiguous()}
+        return cls(format, tuple(parts.codes.shape), **found)
 
     @property
     def parts(self) -> Parts:
-        return Parts(self.codes, self.scales, self.global_scale, self.zero_points)
+        return Parts(**{field.name: getattr(self, field.name) for field in fields(Parts)})
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values, computed in f32 (f64 if `dtype` is f64) and returned in `dtype` (default f32).
@@ -60,13 +67,16 @@ class Encoded:
         return numbers_of(self.format).decode(self.parts, dtype)
 
     def packed(self) -> Tensor:
-        """The codes as uint8, one dimension: block after block, lowest bit first, padding of ragged blocks included."""
+        """The codes as uint8, one dimension: block after block, lowest bit first, padding of ragged blocks included.
+
+        Of a mixed format those of the low blocks; `tensors()` has all streams.
+        """
         return numbers_of(self.format).pack(self.parts)
 
     @property
     def storage_bits(self) -> int:
         """Bits of codes, scales, zero points and tensor scale, padding of ragged blocks included."""
-        return numbers_of(self.format).storage_bits(self.shape)
+        return numbers_of(self.format).stored_bits(self.parts)
 
     @property
     def bits_per_element(self) -> float:
@@ -75,7 +85,9 @@ class Encoded:
     def tensors(self) -> dict[str, Tensor]:
         """What a file stores: packed `codes`, and `scales`, `global_scale`, `zero_points` where the format has them.
 
-        Zero points are packed like codes, so that the bytes of a file are those that `storage_bits` counts.
+        Zero points are packed like codes, so that the bytes of a file are those that `storage_bits` counts. A mixed
+        format has the low format's of the low blocks alone, the same of the high blocks under `high_...`, `choice`, one
+        bit for each block, and `offsets`: for each 1024 blocks, how many high ones lie before them.
         """
         return numbers_of(self.format).store(self.parts)
 
@@ -85,13 +97,14 @@ class Encoded:
         numbers = numbers_of(format)
         if reason := numbers.why_not(shape):
             raise MxloomError(reason)
-        layout = numbers.layout(shape)
+        layout = numbers.layout(shape, tensors)
         if set(tensors) != set(layout):
             raise MxloomError(
                 f"{format} is stored as {', '.join(layout)}; got {', '.join(sorted(tensors)) or 'nothing'}"
             )
         for name, (dtype, size) in layout.items():
             _check(name, tensors[name], dtype, size, format)
+        numbers.check(tensors, shape)
         return cls.of(format, numbers.restore(tensors, shape))
 
 

@@ -112,7 +112,14 @@ class Numbers(ABC):
 
     @abstractmethod
     def storage_bits(self, shape: Sequence[int]) -> int:
-        """Bits that a tensor of `shape` takes, padding of ragged blocks, scales and zero points included."""
+        """Bits that a tensor of `shape` takes, padding of ragged blocks, scales and zero points included.
+
+        The most that it can take where that depends on its values (mixed formats).
+        """
+
+    def stored_bits(self, parts: Parts) -> int:
+        """Bits that an encoded tensor takes."""
+        return self.storage_bits(tuple(parts.codes.shape))
 
     @abstractmethod
     def quantize(self, x: Tensor, how: Rounding) -> Tensor:
@@ -131,12 +138,20 @@ class Numbers(ABC):
         """The codes as a dense stream of bytes (uint8, one dimension), padding of ragged blocks included."""
 
     @abstractmethod
-    def layout(self, shape: Sequence[int]) -> Layout:
-        """Name, dtype and shape of the tensors in which a tensor of `shape` is stored, packed `codes` among them."""
+    def layout(self, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Layout:
+        """Name, dtype and shape of the tensors in which a tensor of `shape` is stored, packed `codes` among them.
+
+        `tensors` are what is stored: sizes may follow from values (which blocks of a mixed format are high). Raises
+        MxloomError, beginning with the tensor's name, where these are none for the shape.
+        """
+
+    def check(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        """Raise MxloomError, beginning with the tensor's name, where what stored tensors of the layout say is wrong."""
+        return
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Parts:
-        """The parts of stored tensors that have the layout."""
+        """The parts of stored tensors that have the layout and pass the check."""
 
     def store(self, parts: Parts) -> dict[str, Tensor]:
         """The tensors that a file stores."""
@@ -154,8 +169,3 @@ class Numbers(ABC):
 
 class Format(TypeAttribute, Numbers):
     """A number format of this dialect; a family is one file of this package that defines one."""
-
-    @property
-    def has_stored_form(self) -> bool:
-        """Whether a tensor can be kept as codes and scales of sizes that follow from its shape."""
-        return True

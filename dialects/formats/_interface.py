@@ -13,7 +13,7 @@ from ..arguments import came
 from ..errors import MxloomError, UsageError
 from ._builtin import WIDE_FLOATS, Counted, ScaleOnly, numbers_of
 from ._encoded import Encoded
-from ._format import POWER_OF_TWO_RULES, Format, Given, Rounding
+from ._format import GIVEN_PARTS, POWER_OF_TWO_RULES, Format, Given, Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,10 @@ def bits(fmt: Attribute) -> float:
 
 
 def storage_bits(fmt: Attribute, shape: Sequence[int]) -> int:
-    """Bits that a tensor of `shape` takes: codes, padding of ragged blocks, scales, zero points, tensor scale."""
+    """Bits that a tensor of `shape` takes: codes, padding of ragged blocks, scales, zero points, tensor scale.
+
+    Of a mixed format the most that it can take; `MixedType.storage_bits_at` counts for a number of high blocks.
+    """
     return numbers_of(fmt).storage_bits(shape)
 
 
@@ -67,11 +70,6 @@ def is_wide(fmt: Attribute) -> bool:
     return fmt in WIDE_FLOATS or isinstance(fmt, IntegerType | IndexType)
 
 
-def has_stored_form(fmt: Attribute) -> bool:
-    """Whether a tensor of the format can be kept as codes and scales; what cannot is kept wide, and rounded on use."""
-    return not isinstance(fmt, Format) or fmt.has_stored_form
-
-
 def takes_scale_rule(fmt: Attribute) -> bool:
     """Whether the format has power-of-two scales, which alone are chosen by a rule."""
     return default_scale_rule(fmt) in POWER_OF_TWO_RULES
@@ -96,18 +94,21 @@ def encode_tensor(
     fmt: TypeAttribute,
     how: Rounding = _DEFAULT,
     *,
-    scales: Tensor | None = None,
-    global_scale: Tensor | None = None,
-    zero_points: Tensor | None = None,
+    symmetric: bool = False,
+    **given: Tensor | None,
 ) -> Encoded:
     """`x` as codes and scales.
 
-    Given scales are kept bit for bit, and integers then use their full two's complement range.
+    Given parts (`Given`: scales, global_scale, zero_points; of a mixed format also choice, high_scales,
+    high_global_scale, high_zero_points) are kept bit for bit. Integers then use their full two's complement range, or,
+    if `symmetric`, the range without its most negative number that they have where no scales are given.
     """
     import torch
 
+    if unknown := sorted(given.keys() - set(GIVEN_PARTS)):
+        raise UsageError(f"{unknown[0]} is no part of an encoded tensor; these are: {', '.join(GIVEN_PARTS)}")
     with torch.no_grad():
-        parts = numbers_of(fmt).encode(_floats(x, fmt), how, Given(scales, global_scale, zero_points))
+        parts = numbers_of(fmt).encode(_floats(x, fmt), how, Given(**given, symmetric=symmetric))
         return Encoded.of(fmt, parts)
 
 

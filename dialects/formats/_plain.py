@@ -51,7 +51,7 @@ class Plain(Numbers):
     def pack(self, parts: Parts) -> Tensor:
         return self.element_numbers.pack(parts.codes.reshape(-1))
 
-    def layout(self, shape: Sequence[int]) -> Layout:
+    def layout(self, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Layout:
         return {"codes": byte_stream(self.storage_bits(shape))}
 
     def restore(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Parts:

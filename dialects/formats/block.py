@@ -138,7 +138,7 @@ class BlockType(ParametrizedAttribute, Format):
     def pack(self, parts: Parts) -> Tensor:
         return element_of(self.element).pack(self.tiling(parts.codes.shape).stream(parts.codes))
 
-    def layout(self, shape: Sequence[int]) -> Layout:
+    def layout(self, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Layout:
         import torch
 
         tiling, element = self.tiling(shape), element_of(self.element)

@@ -23,7 +23,7 @@ from mxloom.compiler.compiled import Compiled
 from mxloom.compiler.inspection import inspect
 from mxloom.compiler.model_source import open_model
 from mxloom.dialects.errors import MxloomError, UsageError
-from mxloom.dialects.formats import storage_bits
+from mxloom.dialects.formats import MixedType, block_impact, storage_bits
 from mxloom.dialects.instances import format_of
 
 SIZES: dict[str, Any] = {
@@ -156,20 +156,28 @@ def test_wide_tie_is_stored_once(compiled_as: Compile, tmp_path: Path) -> None:
     assert json.loads((tied / "config.json").read_text())["tie_word_embeddings"] is True
 
 
-def test_weights_of_mixed_blocks_are_kept_wide(compiled_as: Compile, folders: dict[str, Path], tmp_path: Path) -> None:
-    mixed = "mixed<!mx.block<16xf4E2M1FN>, !mx.block<16xf8E4M3FN>>"
-    rule = {"match": "*.q_proj", "weights": mixed, "activations": mixed}
-    compiled = compiled_as("llama", rule | dict.fromkeys(("weight_threshold", "activation_threshold"), 1e-4), MIXED)
+@pytest.mark.parametrize("threshold", [-1.0, 1e-4, 1e9], ids=["all high", "both", "all low"])
+def test_weights_of_mixed_blocks_are_packed(threshold: float, compiled_as: Compile, tmp_path: Path) -> None:
+    mixed = "mixed<!mx.block<16xf4E2M1FN, f8E4M3FN, f32>, !mx.block<?x?xf8E4M3FN, f32>>"
+    rule = {"match": "*.q_proj", "weights": mixed, "activations": mixed, "activation_threshold": 1e-4}
+    compiled = compiled_as("llama", rule | {"weight_threshold": threshold}, MIXED)
     again = load(save(compiled, tmp_path / "a"))
     assert torch.equal(again(**TOKENS).logits, compiled(**TOKENS).logits)
-    weight = "model.layers.0.self_attn.q_proj.weight"
-    file, own = (
-        SafetensorsFile(folder / name)
-        for folder, name in ((tmp_path / "a", "weights.safetensors"), (folders["llama"], "model.safetensors"))
-    )
-    assert torch.equal(file[weight], own[weight]) and f"{weight}.codes" not in file
-    (note,) = [each for each in compiled.notes() if "mixed" in each]
-    assert note.startswith("1 weights in mixed formats are written wide (2,048 bytes)") and note.endswith(weight)
+    weight, type = "model.layers.0.self_attn.q_proj.weight", format_of(mixed)
+    assert isinstance(type, MixedType)
+    wide = compiled.weights.wide(weight)
+    high = int((block_impact(wide, type) > threshold).sum())
+    assert high == {-1.0: 64, 1e9: 0}.get(threshold, high) and (threshold != 1e-4 or 0 < high < 64)
+    file = SafetensorsFile(tmp_path / "a" / "weights.safetensors")
+    parts = {name: entry.bits for name, entry in file.entries.items() if name.startswith(f"{weight}.")}
+    # 64 blocks of 16: NVFP4 with a scale each, FP8 with one for all; two tensor scales, a bit a block, one offset
+    needed = (64 - high) * (16 * 4 + 8) + high * 16 * 8 + 32 + 32 + 64 + 32
+    assert sum(parts.values()) == needed and weight not in file
+    (counted,) = [tensor for tensor in again.cost().tensors if tensor.name == weight]
+    assert counted.bits == needed and counted.own_bits == pytest.approx(needed - 64 - 32 + 2)
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["cost"]["weight_bits"] == again.cost().weight_bits
+    assert report["cost"]["bytes"] == sum(entry.bits for entry in file.entries.values()) // 8
 
 
 @pytest.mark.parametrize(

@@ -177,10 +177,11 @@ def test_storage_of_small_tensors() -> None:
 def test_mixed_costs_at_most_its_dearer_format() -> None:
     mixed = parse_format(f"!mx.mixed<{NVFP4}, !mx.block<?x?xf8E4M3FN, f32>>")
     assert isinstance(mixed, MixedType)
-    assert mixed.bits_at(1.0) == 4.5 + 1 / 16
-    assert mixed.bits_at(0.7) == pytest.approx(0.7 * 4.5 + 0.3 * 8 + 1 / 16)
-    assert bits(mixed) == mixed.bits_at(0.0) == 8 + 1 / 16
-    assert storage_bits(mixed, (4, 64)) == 4 * 64 * 8 + 16 + 32 + 32
+    metadata = 1 / 16 + 32 / (1024 * 16)  # one bit a block, one offset of 32 bits for 1024 blocks
+    assert mixed.bits_at(1.0) == 4.5 + metadata
+    assert mixed.bits_at(0.7) == pytest.approx(0.7 * 4.5 + 0.3 * 8 + metadata)
+    assert bits(mixed) == mixed.bits_at(0.0) == 8 + metadata
+    assert storage_bits(mixed, (4, 64)) == 4 * 64 * 8 + 16 + 32 + 32 + 32
 
 
 RULES = {

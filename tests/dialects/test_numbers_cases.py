@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mxloom
-from mxloom.dialects.errors import MxloomError
+from mxloom.dialects.errors import MxloomError, UsageError
 from mxloom.dialects.formats import Encoded, Rounding, encode_tensor, quantize, storage_bits
 from mxloom.dialects.instances import INSTANCES, format_of
 
@@ -283,13 +283,13 @@ def test_clip_makes_the_scale_for_a_part_of_the_largest_magnitude() -> None:
     assert float(nvfp4.global_scale) == pytest.approx(4 / 2688)
 
 
-def test_mixed_needs_a_threshold_and_has_no_stored_form() -> None:
+def test_mixed_needs_a_threshold_or_a_choice() -> None:
     mixed = format_of("mixed<!mx.block<16xf4E2M1FN, f8E4M3FN, f32>, !mx.block<?x?xf8E4M3FN, f32>>")
     x = torch.randn(4, 64)
     with pytest.raises(MxloomError, match="needs a threshold"):
         quantize(x, mixed)
-    with pytest.raises(MxloomError, match="no stored form"):
-        encode_tensor(x, mixed, Rounding(threshold=1.0))
+    with pytest.raises(UsageError, match="nothing says which: run the pass `mix`"):
+        encode_tensor(x, mixed)
     assert torch.equal(quantize(x, mixed, Rounding(threshold=-1.0)), mxloom.fake_quantize(x, "fp8_e4m3_tensor"))
     assert torch.equal(quantize(x, mixed, Rounding(threshold=torch.inf)), mxloom.fake_quantize(x, "nvfp4"))
 
