@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from xdsl.dialects.builtin import TensorType
 from xdsl.dialects.func import ReturnOp
@@ -127,7 +128,7 @@ def _cuts(
     ]
     cuts: list[int] = []
     begin, held = 0, 0
-    for place, end in zip(waists, [*waists[1:], len(steps)], strict=True):
+    for place, end in pairwise([*waists, len(steps)]):
         held += sum(weights[begin:place])
         begin = place
         if held and held + sum(weights[place:end]) > TARGET:
