@@ -107,10 +107,14 @@ def coded(x: Tensor, fmt: Attribute, how: Rounding, *, transposed: bool = False)
 
 def coded_tensor(encoded: Encoded, *, transposed: bool = False) -> Coded:
     """The codes of a tensor that is encoded already; `transposed` has K as the last but one dimension."""
-    if not transposed:
-        return coded_parts(encoded.parts, encoded.format)
+    encoded = transposed_tensor(encoded) if transposed else encoded
+    return coded_parts(encoded.parts, encoded.format)
+
+
+def transposed_tensor(encoded: Encoded) -> Encoded:
+    """The encoded tensor with its last two dimensions swapped: the same codes and scales."""
     swapped = {name: _swapped(part) for name, part in vars(encoded.parts).items()}
-    return coded_parts(Parts(**swapped), transposed_format(encoded.format))  # pyright: ignore[reportArgumentType]
+    return Encoded.of(transposed_format(encoded.format), Parts(**swapped))  # pyright: ignore[reportArgumentType]
 
 
 def _swapped(part: Tensor | None) -> Tensor | None:

@@ -50,7 +50,8 @@ def stored_readers(parameter: ParameterOp) -> list[CastOp | None]:
     while open_values:
         for use in open_values.pop().uses:
             reader = use.operation
-            if isinstance(reader, CastOp) and not is_wide(reader.result.type.element_type):
+            is_rounded = isinstance(reader, CastOp) and use.index == 0  # other operands say how the first is rounded
+            if isinstance(reader, CastOp) and is_rounded and not is_wide(reader.result.type.element_type):
                 found.append(reader)
             elif _is_layout(reader):
                 open_values.append(reader.results[0])

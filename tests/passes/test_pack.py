@@ -7,10 +7,11 @@
 import pytest
 import torch
 
+import mxloom
 from mxloom.backends.reference import Interpreter
 from mxloom.backends.weight_store import WeightStore
 from mxloom.dialects.errors import UsageError
-from mxloom.dialects.mx import context, parse_module
+from mxloom.dialects.mx import context, parse_module, parse_type
 from mxloom.passes._context import CompileContext
 from mxloom.passes.pack import Pack
 from mxloom.passes.quantize import Quantize
@@ -70,3 +71,34 @@ def test_nothing_to_fold_changes_nothing():
 def test_without_weights_the_pass_says_so():
     with pytest.raises(UsageError, match="the pass 'pack' reads weights, and there are none here"):
         Pack().apply(context(), parse_module(TIED))
+
+
+FGMP = "!mx.mixed<!mx.block<16xf4E2M1FN, f8E4M3FN, f32>, !mx.block<?x?xf8E4M3FN, f32>>"
+WEIGHED = f"""
+func.func @forward(%x: tensor<3x40xf32>) -> tensor<3x8xf32> {{
+  %w = mx.parameter "w" : tensor<8x40xf32>
+  %g = mx.parameter "g" : tensor<8x40xf32>
+  %c = mx.parameter "c" : tensor<40xf32>
+  %wf = mx.cast %w, sensitivity %g {{threshold = 0.1 : f64}}
+    : tensor<8x40xf32>, tensor<8x40xf32> to tensor<8x40x{FGMP}>
+  %xf = mx.cast %x, sensitivity %c {{threshold = 0.1 : f64}}
+    : tensor<3x40xf32>, tensor<40xf32> to tensor<3x40x{FGMP}>
+  %y = mx.linear %xf, %wf : (tensor<3x40x{FGMP}>, tensor<8x40x{FGMP}>) -> tensor<3x8xf32>
+  func.return %y : tensor<3x8xf32>
+}}"""
+
+
+def test_mixed_blocks_are_stored_as_their_sensitivity_decides():
+    module, generator = parse_module(WEIGHED), torch.Generator().manual_seed(0)
+    w, g, c, x = (torch.randn(*shape, generator=generator) for shape in ((8, 40), (8, 40), (40,), (3, 40)))
+    store = WeightStore.from_state_dict({"w": w, "g": g.square(), "c": c.square()})
+    before = Interpreter(module, store)(x)[0]
+    Pack().apply(CompileContext(weights=store), module)
+    module.verify()
+    assert torch.equal(Interpreter(module, store)(x)[0], before)
+    names = {op.source.data for op in module.walk() if op.name == "mx.parameter"}
+    assert names == {"w", "c"}, "an activation's sensitivity is read wide, a weight's is needed no more"
+    low, high = (mxloom.fake_quantize(w, format) for format in ("nvfp4", "fp8_e4m3_tensor"))
+    impact = torch.nn.functional.pad(g.square() * (low - high).square(), (0, 8)).reshape(8, 3, 16).sum(-1)
+    choice = store.encoded("w", parse_type(FGMP), (8, 40)).choice
+    assert torch.equal(choice.bool(), impact > 0.1) and 0 < int(choice.sum()) < 24

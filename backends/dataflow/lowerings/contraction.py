@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xdsl.ir import Attribute, SSAValue
 
-from ....dialects.contractions import transposed_format
+from ....dialects.contractions import transposed_format, transposed_tensor
 from ....dialects.errors import MxloomError
 from ....dialects.formats import Encoded, MixedType, Rounding, block_impact, encode_tensor, is_wide
 from ....dialects.integer import Point
@@ -280,6 +280,8 @@ def encoded_weight(
         found = design.weights.encoded(owner.source.data, element_of(value), shape_of(value))
         wide, how, sensitivity = found.decode(), Rounding(), None
         check_finite(op, value, wide)
+        if isinstance(found.format, MixedType):
+            return _stored_blocks(transposed_tensor(found) if transposed else found)
         if not transposed:
             return found
     else:
@@ -290,6 +292,14 @@ def encoded_weight(
         return _mixed_weight(wide, element_of(value), type, how, transposed, sensitivity)
     wide = wide.transpose(-1, -2).contiguous() if transposed else wide
     return encode_tensor(wide.float(), type, how)  # pyright: ignore[reportArgumentType]
+
+
+def _stored_blocks(found: Encoded) -> MixedBlocks:
+    """A stored mixed weight, rows along the sum, in both kinds: what is not stored of a kind is 0, and not read."""
+    mixed = found.format
+    assert isinstance(mixed, MixedType)
+    low, high, choice = mixed.parted(found.parts)
+    return MixedBlocks(Encoded.of(mixed.low, low), Encoded.of(mixed.high, high), choice == 0)
 
 
 def _mixed_weight(

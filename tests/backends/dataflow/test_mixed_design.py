@@ -23,6 +23,8 @@ from mxloom.dialects.formats import MixedType
 from mxloom.dialects.mx import parse_module
 from mxloom.dialects.operations._shapes import element_of
 from mxloom.dialects.operations.cast import CastOp
+from mxloom.passes._context import CompileContext
+from mxloom.passes.pack import Pack
 
 from .stages import STALLS, needs_verilator
 
@@ -150,6 +152,14 @@ def test_products_of_two_values_and_transposed_weights() -> None:
         outcome = compare(simulator, graph, given, stall)
         assert outcome.is_equal, outcome
         assert outcome.beats == INPUTS * 5 * (6 + 7)
+
+
+def test_packed_weights_give_the_same_design() -> None:
+    """Stored blocks, transposed ones too, fill memories with the words that casts fill them with."""
+    module, packed = parse_module(PRODUCTS), WEIGHTS.copy()
+    Pack().apply(CompileContext(weights=packed), module)
+    assert packed.parts("w").keys() >= {"codes", "high_codes", "choice", "offsets"} and "w" not in packed
+    assert (lower(module, packed).configuration() == lower(parse_module(PRODUCTS), WEIGHTS).configuration()).all()
 
 
 @pytest.mark.parametrize(
