@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache, partial
 from hashlib import sha256
@@ -19,6 +19,7 @@ from ..dialects.operations._operation import AsCodes
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import Contraction, EmbeddingOp, ExpertLinearOp, LinearOp
+from ..dialects.operations.hadamard import HadamardOp
 from ..dialects.operations.parameter import ParameterOp
 from ..dialects.windows import WindowAttr
 from ..passes._sites import module_name, root
@@ -51,8 +52,9 @@ def to_hf(compiled: Compiled) -> Any:
     register()
     model.set_attn_implementation("mxloom")
     _untie(model)
-    reached: set[CastOp] = set()
-    codes = _weight_codes(compiled)
+    _set_changed(model, compiled)
+    reached: set[Operation] = set()
+    codes, own = _weight_codes(compiled), frozenset(compiled.source.state)
     for op in compiled.function.walk():
         if any(isinstance(stated, WindowAttr | IntegerMeaningAttr) for stated in op.properties.values()):
             raise MxloomError(
@@ -60,14 +62,15 @@ def to_hf(compiled: Compiled) -> Any:
                 "run the compiled model itself"
             )
         if isinstance(op, (Contraction, EmbeddingOp)):
-            _transfer(op, model, compiled, reached)
+            _transfer(op, model, compiled, reached, own)
         if isinstance(op, LinearOp | ExpertLinearOp) and op.acc is not None:
             _sum_exactly(op, model, compiled, codes)
     for op in compiled.function.walk():
-        if isinstance(op, CastOp) and op not in reached:
+        if isinstance(op, CastOp | HadamardOp) and op not in reached:
+            what = "cast" if isinstance(op, CastOp) else "rotation"
             raise MxloomError(
-                f"the cast %{op.result.name_hint or '?'} rounds a value between the modules of {compiled.source.name}, "
-                "which no Hugging Face module stands for; run the compiled model itself"
+                f"the {what} %{op.result.name_hint or '?'} changes a value between the modules of "
+                f"{compiled.source.name}, which no Hugging Face module stands for; run the compiled model itself"
             )
     if any(hasattr(module, "round_input") or hasattr(module, "mxloom_attention") for module in model.modules()):
         model.save_pretrained = _no_folder
@@ -82,11 +85,31 @@ def _no_folder(*_: Any, **__: Any) -> None:
     )
 
 
-def _transfer(op: Operation, model: nn.Module, compiled: Compiled, reached: set[CastOp]) -> None:
+def _set_changed(model: nn.Module, compiled: Compiled) -> None:
+    """The model's own parameters as passes have left them: gains of norms, biases, and weights under their own names.
+
+    Others are those of contractions and look-ups, which `_transfer` sets.
+    """
+    import torch
+
+    held, before = compiled.weights, compiled.source.weights
+    if held is before:
+        return
+    for path, module in model.named_modules():
+        for own in [name for name, _ in module.named_parameters(recurse=False)]:
+            name = f"{path}.{own}" if path else own
+            if name in held and name in before and not torch.equal(values := held.wide(name), before.wide(name)):
+                setattr(module, own, torch.nn.Parameter(values.clone(), requires_grad=False))
+
+
+def _transfer(
+    op: Operation, model: nn.Module, compiled: Compiled, reached: set[Operation], own: frozenset[str]
+) -> None:
     names = op.reduced() if isinstance(op, Contraction) else {"weight": (-1,)}
     casts = {name: _casts(getattr(op, name)) for name in names if name != "probabilities"}
-    rounded = any(casts.values()) or any(not is_wide(_element(getattr(op, n))) for n in casts)
-    if not rounded and not getattr(op, "probabilities", None):
+    changed = any(casts.values()) or any(not is_wide(_element(getattr(op, n))) for n in casts)
+    changed = changed or ("weight" in casts and _is_made(op, own))
+    if not changed and not getattr(op, "probabilities", None):
         return
     for chain in casts.values():
         reached.update(chain)
@@ -116,8 +139,9 @@ def _sum_exactly(op: LinearOp | ExpertLinearOp, model: nn.Module, compiled: Comp
     register()
     module: Any = _submodule(model, module_name(op), compiled)
     weight, chain = codes.get(AsCodes(op.weight, op.transposed is not None)), _casts(op.input)
-    elsewhere = isinstance(op, ExpertLinearOp) or not chain or op.result.type != _wide_type(op)
-    if elsewhere or weight is None or op.acc is None:
+    last = chain[-1] if chain else None
+    elsewhere = isinstance(op, ExpertLinearOp) or op.result.type != _wide_type(op)
+    if elsewhere or not isinstance(last, CastOp) or weight is None or op.acc is None:
         raise MxloomError(
             f"%{module_name(op)} sums codes that no Hugging Face module has; run the compiled model itself"
         )
@@ -125,7 +149,7 @@ def _sum_exactly(op: LinearOp | ExpertLinearOp, model: nn.Module, compiled: Comp
     layer = ExactLinear(weight, bias, op.acc, _element(op.input))
     module.__class__ = _exact(type(module))
     module.round_input = _rounding(chain[:-1])
-    module.exact = ExactLayers([layer], str(_element(op.input)), chain[-1].how())
+    module.exact = ExactLayers([layer], str(_element(op.input)), last.how())
     module.packed_from, module.packed_name = _digest(module), module_name(op)
     module.packed_state = _state(module)
 
@@ -190,21 +214,36 @@ def _element(value: SSAValue) -> Attribute:
     return value.type.element_type  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _casts(value: SSAValue) -> list[CastOp]:
-    """The casts above a value's root, the one next to the root first."""
-    chain: list[CastOp] = []
-    while isinstance(value.owner, CastOp):
+def _is_made(op: Any, own: frozenset[str]) -> bool:
+    """Whether a pass has made the weight of an operation from one of the model's `own`: its name with more behind it."""
+    owner = root(op.weight).owner
+    name = owner.source.data if isinstance(owner, ParameterOp) else ""
+    return name not in own and any(name[:end] in own for end, mark in enumerate(name) if mark == ".")
+
+
+def _casts(value: SSAValue) -> list[CastOp | HadamardOp]:
+    """What changes an operand before it is read: the casts and rotations above its root, the one next to it first."""
+    chain: list[CastOp | HadamardOp] = []
+    while isinstance(value.owner, CastOp | HadamardOp):
         chain.insert(0, value.owner)
         value = value.owner.input
     return chain
 
 
-def _rounding(chain: list[CastOp]) -> Round:
+def _rounding(chain: Sequence[CastOp | HadamardOp]) -> Round:
+    # The calls are made once, so that torch.compile meets operators and nothing of ours.
+    return partial(_round, calls=[_changing(op) for op in chain])
+
+
+def _changing(op: CastOp | HadamardOp) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
+    """The operator that an operation means, with its arguments but for the first."""
     from ..dialects.torch_operators import quantize_call
 
-    # The calls are made once, so that torch.compile meets operators and nothing of ours.
-    calls = [quantize_call(None, cast(TensorType, op.result.type).element_type, op.how()) for op in chain]
-    return partial(_round, calls=[(operator, args[1:], kwargs) for operator, args, kwargs in calls])
+    if isinstance(op, HadamardOp):
+        call = op.call()
+        return call.target, call.args[1:], call.kwargs
+    operator, args, kwargs = quantize_call(None, cast(TensorType, op.result.type).element_type, op.how())
+    return operator, args[1:], kwargs
 
 
 def _round(x: Tensor, calls: list[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]]) -> Tensor:
@@ -266,7 +305,7 @@ def _emulated(kind: type[nn.Module]) -> type[nn.Module]:
     )
 
 
-def _attention(op: AttentionOp, module: Any, casts: dict[str, list[CastOp]]) -> None:
+def _attention(op: AttentionOp, module: Any, casts: dict[str, list[CastOp | HadamardOp]]) -> None:
     """Leave the formats with the attention module, where the attention interface finds them."""
     rounding: dict[str, Any] = {name: _rounding(chain) for name, chain in casts.items() if chain}
     if op.probabilities is not None:
