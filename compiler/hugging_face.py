@@ -215,7 +215,7 @@ def _element(value: SSAValue) -> Attribute:
 
 
 def _is_made(op: Any, own: frozenset[str]) -> bool:
-    """Whether a pass has made the weight of an operation from one of the model's `own`: its name with more behind it."""
+    """Whether a pass made the weight of an operation from one of the `own` ones of the model, and named it after it."""
     owner = root(op.weight).owner
     name = owner.source.data if isinstance(owner, ParameterOp) else ""
     return name not in own and any(name[:end] in own for end, mark in enumerate(name) if mark == ".")
