@@ -204,10 +204,6 @@ class WeightStore(Mapping[str, "Tensor"]):
         tensors = {part: self[stored] for part, stored in parts.items()}
         with _named(name):
             layout = numbers.layout(shape, tensors)
-        stored = sum(self.stored_bits(part) for part in parts.values())
-        needed = sum(8 * prod(size) * dtype.itemsize for dtype, size in layout.values())
-        if stored != needed:
-            raise MxloomError(f"{name}: {stored} bits are stored; {list(shape)} in {format} takes {needed}.")
         if parts.keys() != layout.keys():
             raise MxloomError(f"{name}: stored as {', '.join(parts)}; {format} has {', '.join(layout)}.")
         for part, (dtype, size) in layout.items():
