@@ -21,7 +21,7 @@ from ..dialects.operations.opaque import AtenOp
 from ..dialects.windows import WindowAttr
 from ._opaque_macs import opaque_macs
 from ._shapes import Shapes, shapes_in, values_of
-from .stored_tensors import Tensor, sized, stored_tensors
+from .stored_tensors import Tensor, high_blocks, sized, stored_tensors
 from .weight_store import WeightStore
 
 NO_RULE = "no rule matches it"
@@ -179,19 +179,20 @@ def cost(
     additions = 0
     for op in module.walk():
         if isinstance(op, Contraction):
-            contractions.append(_contracted(op, shapes))
+            contractions.append(_contracted(op, shapes, weights))
         elif isinstance(op, HadamardOp):
             additions += op.additions(lambda v: shapes[v])
-        elif isinstance(op, AtenOp) and (found := _opaque(op, shapes, values)) is not None:
+        elif isinstance(op, AtenOp) and (found := _opaque(op, shapes, values, weights)) is not None:
             contractions.append(found)
     return Cost(tuple(sizes), tuple(stored_tensors(module, weights, state)), tuple(contractions), additions)
 
 
-def _contracted(op: Contraction, shapes: Shapes) -> Contracted:
+def _contracted(op: Contraction, shapes: Shapes, store: WeightStore) -> Contracted:
     weights = weights_of(op)
     counted = _Counted()
     for name in op.reduced():
-        counted.add(name, *_operand(op, name, shapes), is_weight=name in weights, is_moved=name != "probabilities")
+        tensor = _operand(op, name, shapes, store)
+        counted.add(name, *tensor, is_weight=name in weights, is_moved=name != "probabilities")
     counted.add_results(op, shapes)
     macs = op.macs(lambda v: shapes[v])
     found = counted.contracted(path_of(op.results[0]) or op.name, op.name.removeprefix("mx."), macs, _why(op))
@@ -208,7 +209,7 @@ def _why(op: Contraction) -> str:
     return f"rule {rule.value.data} gives it no format" if isinstance(rule, IntegerAttr) else NO_RULE
 
 
-def _opaque(op: AtenOp, shapes: Shapes, values: Mapping[SSAValue, Any]) -> Contracted | None:
+def _opaque(op: AtenOp, shapes: Shapes, values: Mapping[SSAValue, Any], store: WeightStore) -> Contracted | None:
     """The operator, if it multiplies and sums floats or may do so; None for any other."""
     floats = {value for value in op.operands if _is_float(value)}
     macs, complete = opaque_macs(op, values) if floats else (0, True)
@@ -218,7 +219,8 @@ def _opaque(op: AtenOp, shapes: Shapes, values: Mapping[SSAValue, Any]) -> Contr
     counted = _Counted()
     for name, value in op.named_operands():
         if value in floats:
-            counted.add(name, _element(value), shapes[value], is_weight=value in weights)
+            tensor = _element(value), shapes[value], high_blocks(value, store)
+            counted.add(name, *tensor, is_weight=value in weights)
     counted.add_results(op, shapes)
     name = path_of(op.results[0]) or op.target.data
     return counted.contracted(name, op.target.data, macs, OPAQUE if complete else UNKNOWN)
@@ -235,11 +237,18 @@ class _Counted:
         self.elements = self.bits = self.traffic = 0
 
     def add(
-        self, name: str, format: Attribute, shape: tuple[int, ...], *, is_weight: bool, is_moved: bool = True
+        self,
+        name: str,
+        format: Attribute,
+        shape: tuple[int, ...],
+        high_blocks: int | None,
+        *,
+        is_weight: bool,
+        is_moved: bool = True,
     ) -> None:
         """Count an operand; one that is made inside the operation is not moved."""
         self.formats[name] = name_of(format)
-        tensor = sized(name, format, shape)
+        tensor = sized(name, format, shape, high_blocks)
         if is_wide(format):
             self.wide[name] = None
         if is_weight:
@@ -272,14 +281,17 @@ class _Counted:
         )
 
 
-def _operand(op: Contraction, name: str, shapes: Shapes) -> tuple[Attribute, tuple[int, ...]]:
+def _operand(
+    op: Contraction, name: str, shapes: Shapes, store: WeightStore
+) -> tuple[Attribute, tuple[int, ...], int | None]:
+    """The format, the shape and, where it is stored in a mixed format, the number of high blocks of an operand."""
     if name == "probabilities" and isinstance(op, AttentionOp):
         query, key = shapes[op.query], shapes[op.key]
         of_query = _element(op.query)
         format = op.probabilities or (of_query if is_wide(of_query) else _element(op.results[0]))
-        return format, (*query[:-1], key[-2])
+        return format, (*query[:-1], key[-2]), None
     value = cast(SSAValue, getattr(op, name))
-    return _element(value), shapes[value]
+    return _element(value), shapes[value], high_blocks(value, store)
 
 
 def _element(value: SSAValue) -> Attribute:

@@ -107,8 +107,8 @@ def high_blocks(value: SSAValue, weights: WeightStore) -> int | None:
     owner, format = value.owner, element_of(value)
     if not isinstance(format, MixedType) or not isinstance(owner, ParameterOp):
         return None
-    parts = {part: weights[stored] for part, stored in weights.parts(owner.source.data).items() if part == "choice"}
-    return format.high_blocks(shape_of(value), parts)
+    choice = weights.parts(owner.source.data).get("choice")
+    return None if choice is None else format.high_blocks(shape_of(value), {"choice": weights[choice]})
 
 
 def _wide(name: str, weights: WeightStore) -> Tensor:

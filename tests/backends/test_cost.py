@@ -12,8 +12,9 @@ from mxloom.backends.cost import Cost, cost
 from mxloom.backends.coverage import coverage
 from mxloom.backends.stored_tensors import sized
 from mxloom.backends.weight_store import WeightStore
+from mxloom.dialects.formats import encode_tensor
 from mxloom.dialects.instances import format_of
-from mxloom.dialects.mx import context, parse_module
+from mxloom.dialects.mx import context, parse_module, parse_type
 from mxloom.passes._context import CompileContext
 from mxloom.passes.pack import Pack
 from mxloom.passes.quantize import Quantize
@@ -52,6 +53,31 @@ def test_macs_bits_and_traffic_by_hand():
     a, b = total.contractions
     assert a.traffic_bytes == 320 * 8.25 / 8 + 4096 * 4.25 / 8 + 320 * 4
     assert b.traffic_bytes == 320 * 4 + 2048 * 4 + 160 * 4
+
+
+def test_stored_mixed_blocks_count_what_they_are():
+    """Of 256 blocks of 16, 64 are high: NVFP4 with a scale each, FP8, a bit a block, one offset, two tensor scales."""
+    fgmp = "!mx.mixed<!mx.block<16xf4E2M1FN, f8E4M3FN, f32>, !mx.block<?x?xf8E4M3FN, f32>>"
+    text = LINEAR.replace("64x64xf32>\n", f"64x64x{fgmp}>\n", 1).replace("tensor<64x64xf32>)", f"tensor<64x64x{fgmp}>)")
+    store, choice = weights(torch.bfloat16), torch.zeros(64, 4, dtype=torch.uint8)
+    choice[:, 2] = 1
+    store.put_encoded("a.weight", encode_tensor(store.wide("a.weight"), parse_type(fgmp), choice=choice))
+    total = cost(parse_module(text), store, [(5, 64)])
+    needed = 192 * (16 * 4 + 8) + 64 * 16 * 8 + 256 + 32 + 2 * 32
+    (a, b) = total.tensors
+    assert (a.name, a.bits, b.bits) == ("a.weight", needed, 2048 * 16)
+    assert a.own_bits == pytest.approx(4096 * (0.75 * 4.5 + 0.25 * 8 + (1 + 1 / 32) / 16))
+    assert total.bytes == (needed + 2048 * 16) / 8
+    assert total.contractions[0].traffic_bytes == 320 * 4 + needed // 8 + 320 * 4
+
+
+def test_mixed_blocks_that_a_threshold_will_decide_count_the_most_they_can_take():
+    fgmp = "mixed<!mx.block<16xf4E2M1FN, f8E4M3FN, f32>, !mx.block<?x?xf8E4M3FN, f32>>"
+    module, store = quantized(match="a", weights=fgmp, weight_threshold=1e9), weights()
+    before = cost(module, store, [(5, 64)]).tensors[0]
+    Pack().apply(CompileContext(weights=store), module)
+    after = cost(module, store, [(5, 64)]).tensors[0]
+    assert before.bits - after.bits == 256 * (16 * 8 - 16 * 4 - 8)
 
 
 def test_a_wide_parameter_counts_as_the_checkpoint_stores_it():
