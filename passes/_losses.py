@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr, TensorType
 from xdsl.dialects.func import FuncOp, ReturnOp
@@ -20,8 +20,6 @@ from ._samples import Sample
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-Fisher = Literal["loss", "kl"]
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -33,7 +31,7 @@ class Loss:
     no logits is projected on random signs: the diagonal of the Hessian of half its squared distance.
     """
 
-    kind: Fisher
+    kind: str
     output: int
     is_logits: bool
     labels: int | None
@@ -52,7 +50,7 @@ class Loss:
         return _signs(output, sample, generator)
 
 
-def loss_of(module: ModuleOp, kind: Fisher | None, task: str | None, seed: int = 0) -> Loss:
+def loss_of(module: ModuleOp, kind: str | None, task: str | None, seed: int = 0) -> Loss:
     """The loss of a module: `loss` for a causal language model, `kl` for any other, where `kind` does not say.
 
     Raises UsageError for `loss` of a module that predicts no next token, MxloomError for one without a float output.

@@ -17,6 +17,9 @@ from ._sites import Role, Site, root, sites, sites_of
 
 Shape = tuple[int, ...]
 
+Reader = tuple[Operation, int]
+"""An operation and the place of one of its operands."""
+
 
 @dataclass(frozen=True, eq=False)
 class Values:
@@ -62,14 +65,17 @@ class Products:
         """Rows and columns of the matrix: what one output sums over."""
         if isinstance(self.operation, ConvOp):
             return product(shape_of(self.operation.weight)[1:])
-        return shape_of(self.value)[self.operation.reduced()[self.operand][0]]
+        reduced = self.operation.reduced()
+        sizes = [shape_of(getattr(self.operation, name))[dims[0]] for name, dims in reduced.items()]
+        return max(sizes)
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
     """A value as the contractions that read it see it together: the loss is differentiated there.
 
-    `readers` are the places (operation, operand number) where it is read: the contractions themselves, or their casts.
+    A weight is taken as it is read, casts included (a cast passes gradients straight through), any other value under
+    its casts. `readers` are the places (operation, operand number) where it is read: the contractions, or their casts.
     """
 
     key: str
@@ -78,7 +84,7 @@ class Gradients:
     channel: int
     heads: bool
     is_table: bool
-    readers: list[tuple[Operation, int]] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
 
     @property
     def is_weight(self) -> bool:
@@ -174,6 +180,7 @@ class _Planner:
         return self._known[place]
 
     def _gradients(self, site: Site, value: SSAValue, channel: int, heads: bool, is_table: bool) -> str:
+        value = site.value if site.role == "weight" else value
         kind = (heads, None if site.role == "weight" else channel)
         place = ("gradients", value, site.role, is_table, *kind)
         if place not in self._known:
@@ -221,10 +228,13 @@ def _geometry(operation: Contraction, operand: str) -> tuple[object, ...]:
     return ("rows", operation.reduced()[operand])
 
 
-def _readers(site: Site) -> list[tuple[Operation, int]]:
-    """Where a contraction's operand leaves its root: at the contraction, or at the first of its casts."""
+def _readers(site: Site) -> list[Reader]:
+    """Where a contraction's operand leaves its root: at the contraction, or at the first of its casts.
+
+    A weight's is at the contraction.
+    """
     reader: Operation = site.operation
-    value, base = site.value, root(site.value)
+    value, base = site.value, site.value if site.role == "weight" else root(site.value)
     while value is not base:
         reader = cast(CastOp, value.owner)
         value = reader.input

@@ -13,7 +13,6 @@ from ..dialects.operations._operation import Operation
 from ..dialects.operations._shapes import product, shape_of
 from ..dialects.operations.parameter import ParameterOp
 from ._observed import Plan
-from ._sites import root
 
 TARGET = 32 << 20
 """Bytes of f32 weights of a segment, about: small layers run together."""
@@ -26,13 +25,15 @@ NEAR = 32
 class Segment:
     """Operations that run together; `imports` come from earlier segments or the inputs, later ones read `exports`.
 
-    `dead` are the values that nobody reads once an operation has run, by its place.
+    `dead` are the values that nobody reads once an operation has run, by its place; `last_read` those of the imports
+    that no later segment reads.
     """
 
     operations: list[Operation]
     imports: list[SSAValue] = field(default_factory=list)
     exports: list[SSAValue] = field(default_factory=list)
     dead: list[list[SSAValue]] = field(default_factory=list)
+    last_read: list[SSAValue] = field(default_factory=list)
 
 
 def fixed_values(block: Block) -> set[SSAValue]:
@@ -83,6 +84,7 @@ def _fill(segment: Segment, begin: int, read: list[list[SSAValue]], last: dict[S
         here = [*read[place], *op.results]
         segment.dead.append([value for value in dict.fromkeys(here) if last.get(value, place) == place])
     segment.imports = list(imports)
+    segment.last_read = [value for value in imports if last[value] < end]
     produced = [result for op in segment.operations for result in op.results]
     segment.exports = [value for value in produced if last.get(value, -1) >= end]
 
@@ -104,8 +106,8 @@ def _held_together(steps: list[Operation], plan: Plan) -> list[tuple[int, int]]:
     spans: dict[SSAValue, list[int]] = {}
     for operation, operand in plan.asked:
         unit = plan.gradients[plan.asked[operation, operand].gradients or ""]
-        if unit.is_weight and not unit.is_table and isinstance(operation, Operation):
-            spans.setdefault(root(unit.value), []).append(places[operation])
+        if unit.is_weight and not unit.is_table and isinstance(operation, Operation) and operation in places:
+            spans.setdefault(unit.value, []).append(places[operation])
     return [(min(found), max(found)) for found in spans.values()]
 
 

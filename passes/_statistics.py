@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Operation
 
-from ..backends.reference import Weights, body
-from ..dialects.arguments import one_of
-from ..dialects.errors import MxloomError
-from ._bare import bare
-from ._context import CompileContext, calibration_of, weights_of
-from ._losses import Fisher, loss_of
-from ._observed import Asked, Plan, plan_of
-from ._samples import Sample, samples_of
+from ..backends.reference import body
+from ..dialects.arguments import one_of, real_number
+from ..dialects.errors import MxloomError, UsageError
+from ._collection import KINDS, Settings, collected
+from ._context import CompileContext, calibration_of, note, weights_of
+from ._magnitudes import COARSE, FINE
+from ._observed import Asked
+from ._samples import samples_of
+from ._shards import Shards, merged, units_of
 from ._sites import Site, sites
 from ._sums import Sums
-from ._sweep import Sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("ranges", "hessian", "fisher")
-"""What can be collected."""
-
-NUMERICS = ("float", "emulated")
-"""Whether casts are taken off the module first."""
-
-SHARD = 16
-"""Sequences whose sums are formed in f32; from shard to shard they are added in f64."""
+OUTLIER = 2.0**-3
+"""A channel is an outlier where its largest magnitude exceeds this part of the layer's (ARCQuant, arXiv 2601.07475)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,8 @@ class InputStatistics:
     """What a contraction's input was, before any cast: `rows` rows of K channels, padding left out.
 
     Tensors are f32 [K], K the channels (of a convolution's input, its own); [heads, width] for an operand of attention,
-    [1] where the number of channels is dynamic. `largest` is the largest magnitude.
+    [1] where the number of channels is dynamic. `largest` is the largest magnitude. `counts` [channels, bins] and
+    `signed_counts` [2, bins] are those of `_magnitudes`.
     """
 
     rows: int
@@ -50,19 +45,54 @@ class InputStatistics:
     mean: Tensor
     mean_magnitude: Tensor
     mean_square: Tensor
+    counts: Tensor = field(repr=False)
+    signed_counts: Tensor = field(repr=False)
+
+    @property
+    def outliers(self) -> Tensor:
+        """The channels whose largest magnitude exceeds 2^-3 of the layer's, the largest first (int64, flat numbers)."""
+        largest = self.largest.flatten()
+        order = largest.argsort(descending=True, stable=True)
+        return order[largest[order] > OUTLIER * largest.max()]
+
+    def percentile(self, share: float) -> Tensor:
+        """The magnitude that a share (0 to 1) of each channel's values do not exceed, as `largest` lies.
+
+        From counts in bins of a quarter octave: off by less than a quarter of itself.
+        """
+        found = COARSE.percentile(self.counts, _share(share), self.largest.flatten())
+        return found.reshape(self.largest.shape)
+
+    def tensor_percentile(self, share: float) -> float:
+        """The magnitude that a share (0 to 1) of all values do not exceed; off by less than 2^-6 of itself."""
+        counts = self.signed_counts.sum(0, keepdim=True)
+        return float(FINE.percentile(counts, _share(share), self.largest.max()[None]))
+
+    def tensor_range(self, share: float) -> tuple[float, float]:
+        """The range that is left when (1 - share) / 2 of all values are cut off at either end, at most."""
+        share = _share(share)
+        above, below = self.signed_counts
+        total = int(above.sum() + below.sum())
+        return -_tail(below, total, share, -self.minimum.min()), _tail(above, total, share, self.maximum.max())
 
 
 class Statistics:
-    """Sums over calibration inputs, asked for by site. `samples` sequences were seen."""
+    """Sums over calibration inputs, asked for by site. `samples` sequences were seen; `settings` say how."""
 
-    def __init__(self, plan: Plan, asked: dict[tuple[Operation, str], Asked], kinds: frozenset[str], samples: int):
-        self.kinds, self.samples = kinds, samples
-        self._plan, self._asked = plan, asked
-        self._sums: dict[str, Sums] = {}
+    def __init__(
+        self, shards: Shards, asked: dict[tuple[Operation, str], Asked], settings: Settings, samples: int
+    ) -> None:
+        self.settings, self.samples = settings, samples
+        self._shards, self._asked = shards, asked
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What was collected."""
+        return self.settings.kinds
 
     def holds(self, module: ModuleOp, kinds: Sequence[str]) -> bool:
         """Whether these are statistics of every site of the module, of all these kinds."""
-        wanted = [site for site in sites(module) if site.role != "cache" and not site.is_probabilities]
+        wanted = [site for site in sites(module) if not site.is_probabilities]
         return set(kinds) <= self.kinds and all((site.operation, site.operand) in self._asked for site in wanted)
 
     def inputs(self, site: Site) -> InputStatistics:
@@ -70,10 +100,10 @@ class Statistics:
 
         Raises MxloomError where there is none, or where no row of it was data.
         """
-        found = [self._of("ranges", key, site) for key in self._asked_of(site).values]
-        if not found:
+        keys = self._asked_of(site).values
+        if not keys:
             raise MxloomError(f"{site.name}: it meets no computed value, so its inputs have no statistics")
-        return _inputs(found, site)
+        return _inputs(merged([self._sums("ranges", key, site) for key in keys]))
 
     def hessian(self, site: Site) -> Tensor:
         """2 X^T X / rows in f32, X [rows, K] being the rows that meet a weight (of all its readers), or the operand's.
@@ -81,13 +111,16 @@ class Statistics:
         [K, K]; [experts, K, K] for experts and [groups, K, K] for a convolution in groups, each over its own rows (0
         where an expert saw none). Columns of a convolution lie as in its weight: channel, then kernel position.
         """
-        found = [self._of("hessian", key, site) for key in self._asked_of(site).products]
-        if not found:
+        keys = self._asked_of(site).products
+        if not keys:
             raise MxloomError(f"{site.name}: no weight meets a computed value there, so it has no Hessian")
-        rows, total = _total(found, "rows"), _total(found, "products")
-        self._check_rows(int(rows.sum()), site)
-        count = rows.clamp(min=1).reshape(-1, 1, 1) if total.ndim == 3 else rows
-        return (2 * total / count).float()
+        sums = merged([self._sums("hessian", key, site) for key in keys])
+        total, rows = sums["products"], sums["rows"].clamp(min=1)
+        return (2 * total / (rows.reshape(-1, 1, 1) if total.ndim == 3 else rows)).float()
+
+    def hessian_rows(self, site: Site) -> Tensor:
+        """How many rows each matrix of `hessian` rests on: [1], [experts] or [groups] int64."""
+        return merged([self._sums("hessian", key, site) for key in self._asked_of(site).products])["rows"]
 
     def fisher(self, site: Site) -> Tensor:
         """Mean squared gradient of the loss in f32.
@@ -96,84 +129,50 @@ class Statistics:
         contractions that read it see it together. Another operand: [K], the mean over its rows of (dL/dx)^2, x as all
         contractions that read it see it together.
         """
-        sums = self._of("fisher", cast(str, self._asked_of(site).gradients), site)
-        rows = int(sums["rows"])
-        self._check_rows(rows, site)
-        found = (sums["squares"].double() / rows).float()
-        if not bool(found.isfinite().all()):
-            raise MxloomError(
-                f"{site.name}: {int((~found.isfinite()).sum())} of {found.numel()} squared gradients are NaN or "
-                "infinite; look at the values that the model computes there"
-            )
+        sums = self._sums("fisher", cast(str, self._asked_of(site).gradients), site)
+        return (sums["squares"] / sums["rows"]).float()
+
+    def rows(self, kind: str, site: Site) -> int:
+        """Rows (of a weight's `fisher`: sequences) that a site's statistics of a kind rest on."""
+        asked = self._asked_of(site)
+        gradients = [asked.gradients] if asked.gradients else []
+        keys = {"ranges": asked.values, "hessian": asked.products, "fisher": gradients}[kind]
+        return sum(int(self._shards.rows(kind, key).sum()) for key in keys)
+
+    def check_reached(self, module: ModuleOp) -> None:
+        """Raise MxloomError naming the first site of which no row was data."""
+        for site in sites(module):
+            if site.is_probabilities:
+                continue
+            asked = self._asked_of(site)
+            for kind, keys in (("ranges", asked.values), ("hessian", asked.products), ("fisher", [asked.gradients])):
+                if kind in self.kinds and keys and keys[0] is not None and self.rows(kind, site) == 0:
+                    raise _unreached(site)
+
+    def thin(self) -> list[tuple[str, int, int]]:
+        """The Hessians that rest on fewer rows than they have columns: site, rows, columns."""
+        found: list[tuple[str, int, int]] = []
+        if "hessian" in self.kinds:
+            for key, unit in units_of(self._shards.plan)["hessian"].items():
+                rows = int(self._shards.rows("hessian", key).min())
+                if rows < unit.size:
+                    found.append((key, rows, unit.size))
         return found
 
     def _asked_of(self, site: Site) -> Asked:
         if site.is_probabilities:
             raise MxloomError(f"{site.name}: probabilities are inside the operation and are not observed")
+        if (site.operation, site.operand) not in self._asked:
+            raise MxloomError(f"{site.name} is no site of the module that these statistics are of: collect them again")
         return self._asked[site.operation, site.operand]
 
-    def _of(self, kind: str, key: str, site: Site) -> Sums:
+    def _sums(self, kind: str, key: str, site: Site) -> Sums:
         if kind not in self.kinds:
             raise MxloomError(f"{site.name}: {kind} was not collected; these were: {', '.join(sorted(self.kinds))}")
-        found = self._sums.get(f"{kind} {key}")
+        found = self._shards.sums(kind, key)
         if not found:
-            self._check_rows(0, site)
-        return cast(Sums, found)
-
-    def _check_rows(self, rows: int, site: Site) -> None:
-        if rows == 0:
-            raise MxloomError(
-                f"{site.name} was reached 0 times in calibration (tokens 0): nothing is known of it; give inputs that "
-                "reach it, or leave it out of the pass"
-            )
-
-    def add(self, shard: dict[str, Sums]) -> None:
-        """Add the sums of the next shard, in f64."""
-        for name, sums in shard.items():
-            held = self._sums.setdefault(name, {})
-            for part, tensor in sums.items():
-                held[part] = _merged(part, held.get(part), tensor)
-
-
-def _merged(part: str, held: Tensor | None, new: Tensor) -> Tensor:
-    import torch
-
-    if part in ("minimum", "maximum"):
-        return new if held is None else (torch.minimum if part == "minimum" else torch.maximum)(held, new)
-    wide = new.double() if new.is_floating_point() else new
-    return wide if held is None else held + wide
-
-
-def _total(found: list[Sums], part: str) -> Tensor:
-    import torch
-
-    return torch.stack([sums[part] for sums in found]).sum(0)
-
-
-def _inputs(found: list[Sums], site: Site) -> InputStatistics:
-    import torch
-
-    rows = sum(int(sums["rows"]) for sums in found)
-    if rows == 0:
-        raise MxloomError(
-            f"{site.name} was reached 0 times in calibration (tokens 0): nothing is known of it; give inputs that "
-            "reach it, or leave it out of the pass"
-        )
-    least = torch.stack([sums["minimum"] for sums in found]).amin(0)
-    most = torch.stack([sums["maximum"] for sums in found]).amax(0)
-
-    def mean(part: str) -> Tensor:
-        return (_total(found, part) / rows).float()
-
-    return InputStatistics(
-        rows=rows,
-        minimum=least,
-        maximum=most,
-        largest=torch.maximum(least.abs(), most.abs()),
-        mean=mean("sum"),
-        mean_magnitude=mean("magnitude"),
-        mean_square=mean("square"),
-    )
+            raise _unreached(site)
+        return found
 
 
 def statistics_of(ctx: Context, module: ModuleOp, pass_name: str, *kinds: str) -> Statistics:
@@ -188,12 +187,44 @@ def statistics_of(ctx: Context, module: ModuleOp, pass_name: str, *kinds: str) -
     if isinstance(held, Statistics) and held.holds(module, kinds):
         return held
     wanted = frozenset(kinds) | (held.kinds if isinstance(held, Statistics) else frozenset())
+    settings = held.settings.of(wanted) if isinstance(held, Statistics) else Settings(wanted)
+    found = collect(ctx, module, pass_name, settings)
+    assert found is not None
+    return found
+
+
+def collect(
+    ctx: Context,
+    module: ModuleOp,
+    pass_name: str,
+    settings: Settings,
+    *,
+    samples: int | None = None,
+    save: str | None = None,
+    only: Sequence[int] = (),
+) -> Statistics | None:
+    """New statistics of a module from `ctx.calibration`, kept in `ctx`; None where `only` left out some shards.
+
+    See `calibrate`, whose options these are. What is unusual about them becomes a note.
+    """
     weights = weights_of(ctx, pass_name)
-    inputs = calibration_of(ctx, pass_name, getattr(ctx, "samples", 128))
-    samples = samples_of(body(module).args, inputs)
-    found = collected(module, weights, samples, wanted, task=getattr(ctx, "task", None))
+    wanted = getattr(ctx, "samples", 128) if samples is None else samples
+    sequences = samples_of(body(module).args, calibration_of(ctx, pass_name, wanted))
+    task = getattr(ctx, "task", None)
+    shards, asked = collected(module, weights, sequences, settings, task=task, save=save, only=only)
+    if shards is None:
+        return None
+    found = Statistics(shards, asked, settings, len(sequences))
     if isinstance(ctx, CompileContext):
         ctx.statistics = found
+    if thin := found.thin():
+        name, rows, columns = thin[0]
+        more = f" and {len(thin) - 1} more" if len(thin) > 1 else ""
+        note(
+            ctx,
+            f"{pass_name}: the Hessian of {name} rests on {rows} rows for {columns} columns{more}: it has no full "
+            "rank, and what is solved with it is damped; more calibration samples mend that",
+        )
     return found
 
 
@@ -203,27 +234,41 @@ def forget(ctx: Context) -> None:
         ctx.statistics = None
 
 
-def collected(
-    module: ModuleOp,
-    weights: Weights,
-    samples: Sequence[Sample],
-    kinds: frozenset[str],
-    *,
-    numerics: str = "float",
-    fisher: Fisher | None = None,
-    task: str | None = None,
-    seed: int = 0,
-    shard: int = SHARD,
-) -> Statistics:
-    """Statistics of a module over some samples, shard by shard."""
-    one_of("numerics", numerics, NUMERICS)
-    run, twins = bare(module) if numerics == "float" else (module, {op: op for op in module.walk()})
-    plan = plan_of(run)
-    loss = loss_of(run, fisher, task, seed) if "fisher" in kinds else None
-    names = plan.operands
-    asked = {(one, name): plan.asked[other, name] for one, other in twins.items() for name in names.get(other, ())}
-    found = Statistics(plan, asked, kinds, len(samples))
-    sweep = Sweep(plan, weights, kinds, loss)
-    for first in range(0, len(samples), shard):
-        found.add(sweep.shard(samples[first : first + shard], first))
-    return found
+def _unreached(site: Site) -> MxloomError:
+    return MxloomError(
+        f"{site.name} was reached 0 times in calibration (tokens 0): nothing is known of it; give inputs that reach "
+        "it, or leave it out of the pass"
+    )
+
+
+def _inputs(sums: Sums) -> InputStatistics:
+    import torch
+
+    rows = int(sums["rows"])
+    least, most = sums["minimum"].float(), sums["maximum"].float()
+    return InputStatistics(
+        rows=rows,
+        minimum=least,
+        maximum=most,
+        largest=torch.maximum(least.abs(), most.abs()),
+        mean=(sums["sum"] / rows).float(),
+        mean_magnitude=(sums["magnitude"] / rows).float(),
+        mean_square=(sums["square"] / rows).float(),
+        counts=sums["counts"],
+        signed_counts=sums["signed_counts"],
+    )
+
+
+def _share(share: float) -> float:
+    if not 0 <= real_number("share", share) <= 1:
+        raise UsageError(f"a share of values is 0 to 1, got {share}")
+    return float(share)
+
+
+def _tail(counts: Tensor, total: int, share: float, most: Tensor) -> float:
+    """The magnitude on one side of 0 beyond which (1 - share) / 2 of all values lie; 0 where that side has fewer."""
+    own = int(counts.sum())
+    outside = (1 - share) / 2 * total
+    if own <= outside or own == 0:
+        return 0.0
+    return float(FINE.percentile(counts[None], 1 - outside / own, most.clamp(min=0)[None]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from ..dialects.errors import MxloomError
 from ..dialects.operations._shapes import shape_of
 from ..dialects.operations.contraction import ConvOp, ExpertLinearOp
+from ._magnitudes import COARSE, FINE, counted
 from ._observed import Gradients, Products, Values
 
 if TYPE_CHECKING:
@@ -35,17 +36,33 @@ def rows_of(values: Values | Gradients, tensor: Tensor, sample: Sample) -> Tenso
     return rows if valid is None else rows[valid]
 
 
+def no_rows(unit: Values | Products | Gradients, device: str = "cpu") -> Sums:
+    """The sums of no rows; on the device `meta` their shapes and dtypes alone."""
+    import torch
+
+    with torch.device(device):
+        rows = torch.zeros((), dtype=torch.int64)
+        if isinstance(unit, Products):
+            shape = (unit.size, unit.size)
+            products = torch.zeros(shape if unit.parts == 1 else (unit.parts, *shape))
+            return {"rows": torch.zeros(unit.parts, dtype=torch.int64), "products": products}
+        if isinstance(unit, Gradients):
+            return {"rows": rows, "squares": torch.zeros(unit.shape, dtype=None if unit.is_weight else torch.float64)}
+        return {
+            "rows": rows,
+            "minimum": torch.full(unit.shape, torch.inf),
+            "maximum": torch.full(unit.shape, -torch.inf),
+            **{name: torch.zeros(unit.shape, dtype=torch.float64) for name in ("sum", "magnitude", "square")},
+            "counts": torch.zeros((prod(unit.shape), COARSE.bins), dtype=torch.int32),
+            "signed_counts": torch.zeros((2, FINE.bins), dtype=torch.int64),
+        }
+
+
 def add_values(sums: Sums, values: Values, tensor: Tensor, sample: Sample) -> None:
-    """Add the rows of one sample: their number, the extremes and the moments of each channel."""
+    """Add the rows of one sample: their number, the extremes, moments and counts of magnitudes of each channel."""
     import torch
 
     rows = rows_of(values, tensor.detach(), sample)
-    if not sums:
-        sums["rows"] = torch.zeros((), dtype=torch.int64)
-        sums["minimum"] = torch.full(values.shape, torch.inf)
-        sums["maximum"] = torch.full(values.shape, -torch.inf)
-        for name in ("sum", "magnitude", "square"):
-            sums[name] = torch.zeros(values.shape, dtype=torch.float64)
     if not len(rows):
         return
     rows = rows.float()
@@ -61,16 +78,13 @@ def add_values(sums: Sums, values: Values, tensor: Tensor, sample: Sample) -> No
     sums["sum"] += rows.sum(0)
     sums["magnitude"] += rows.abs().sum(0)
     sums["square"] += rows.square().sum(0)
+    counts, signed = counted(rows.reshape(len(rows), -1))
+    sums["counts"] += counts
+    sums["signed_counts"] += signed
 
 
 def add_products(sums: Sums, products: Products, tensor: Tensor, index: Tensor | None, sample: Sample) -> None:
     """Add X^T X of the rows X [rows, K] of one sample: [K, K], or [parts, K, K] for experts and groups."""
-    import torch
-
-    if not sums:
-        shape = (products.size, products.size)
-        sums["products"] = torch.zeros(shape if products.parts == 1 else (products.parts, *shape))
-        sums["rows"] = torch.zeros(products.parts, dtype=torch.int64)
     for part, rows in enumerate(_parts(products, tensor.detach(), index, sample)):
         held = sums["products"] if products.parts == 1 else sums["products"][part]
         rows = rows.float()
@@ -123,11 +137,6 @@ def windows_of(operation: ConvOp, tensor: Tensor) -> Tensor:
 
 def add_gradient(sums: Sums, gradients: Gradients, gradient: Tensor, sample: Sample) -> None:
     """Add the squares of one sample's gradient: of a weight element by element, of another value by channel."""
-    import torch
-
-    if not sums:
-        sums["squares"] = torch.zeros(gradients.shape, dtype=torch.float32 if gradients.is_weight else torch.float64)
-        sums["rows"] = torch.zeros((), dtype=torch.int64)
     if gradients.is_weight:
         sums["squares"].addcmul_(gradient, gradient)
         sums["rows"] += 1
@@ -137,16 +146,11 @@ def add_gradient(sums: Sums, gradients: Gradients, gradient: Tensor, sample: Sam
     sums["rows"] += len(rows)
 
 
-def add_table_gradient(sums: Sums, gradients: Gradients, indices: Tensor, gradient: Tensor) -> None:
+def add_table_gradient(sums: Sums, indices: Tensor, gradient: Tensor) -> None:
     """As `add_gradient` for a table [V, D] of which rows were looked up: only those have a gradient.
 
     indices [...], gradient [..., D] of what was found there.
     """
-    import torch
-
-    if not sums:
-        sums["squares"] = torch.zeros(gradients.shape)
-        sums["rows"] = torch.zeros((), dtype=torch.int64)
     used, place = indices.flatten().unique(return_inverse=True)
     total = gradient.new_zeros(len(used), gradient.shape[-1])
     total.index_add_(0, place, gradient.reshape(-1, gradient.shape[-1]))
