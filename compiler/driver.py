@@ -21,6 +21,7 @@ from ..passes._context import Calibration, CompileContext
 from ..passes._given import forget_wide
 from ..passes._sites import sites
 from ..passes.accumulate import Accumulate
+from ..passes.mix import undecided
 from ..passes.quantize import RuleError
 from .calibration import calibration_inputs
 from .compiled import Compiled
@@ -200,8 +201,19 @@ def run_pipeline(
             raise _at_line(error, recipe) from None
         if report:
             report(step.name, str(step))
+    _check_decided(module)
     if report and pipeline:
         report("formats", _typed(module))
+
+
+def _check_decided(module: ModuleOp) -> None:
+    """Raise UsageError where a mixed format is left without a word on which blocks are high."""
+    if names := undecided(module):
+        raise UsageError(
+            f"{names[0]}{f' and {len(names) - 1} others' if names[1:] else ''}: a mixed format keeps each block in one "
+            "of two formats, and nothing says which: put the pass mix{share=0.7} behind, or give weight_threshold and "
+            "activation_threshold"
+        )
 
 
 def provenance(source: ModelSource, pipeline: str) -> dict[str, Any]:

@@ -86,6 +86,32 @@ INSTANCES = _table(
     ]
 )
 
+MIXTURES = _table(
+    [
+        (
+            "fgmp",
+            "!mx.mixed<!mx.block<16xf4E2M1FN, f8E4M3FN, f32>, !mx.block<?x?xf8E4M3FN, f32>>",
+            "each block NVFP4, or FP8 under a scale of the tensor",
+            "arXiv 2504.14152",
+        ),
+        (
+            "mxfp4_mxfp8",
+            "!mx.mixed<!mx.block<32xf4E2M1FN>, !mx.block<32xf8E4M3FN>>",
+            "each block MXFP4 or MXFP8",
+            "arXiv 2504.14152",
+        ),
+        (
+            "mxint4_mxint8",
+            "!mx.mixed<!mx.block<32x!mx.fixed<4, 2>>, !mx.block<32x!mx.fixed<8, 6>>>",
+            "each block MXINT4 or MXINT8",
+            "arXiv 2504.14152",
+        ),
+    ]
+)
+"""Formats of which a tensor has two, block by block: a threshold or the pass `mix` says which."""
+
+_NAMED = {**INSTANCES, **MIXTURES}
+
 
 def format_of(format: str | Instance | Attribute, *, rank: int = 2, dims: Sequence[int] = (-1,)) -> TypeAttribute:
     """A format, laid out for a tensor of `rank` dimensions whose reduced ones are `dims`.
@@ -106,7 +132,7 @@ def _spelled(format: str | Instance | Attribute) -> TypeAttribute:
     if isinstance(format, Instance):
         return format.type
     if isinstance(format, str):
-        return parse_format(INSTANCES[format].text if format in INSTANCES else format)
+        return parse_format(_NAMED[format].text if format in _NAMED else format)
     if not isinstance(format, TypeAttribute):
         raise UsageError(
             f"a format is a name, a type's text or a type, got {came(format)}; `mxloom formats` lists them"
@@ -138,7 +164,7 @@ def parse_format(text: str) -> TypeAttribute:
     except ParseError as error:
         if "<" in text:
             raise UsageError(f"{text!r} is not the text of a format: {_reason(error)}{_forms(text)}") from error
-        near = did_you_mean(text, INSTANCES) or "; `mxloom formats` lists them"
+        near = did_you_mean(text, _NAMED) or "; `mxloom formats` lists them"
         raise UsageError(f"unknown format {text!r}{near}{_forms(text)}") from error
     if not isinstance(found, FunctionType) or len(found.inputs) != 1 or len(found.outputs):
         raise UsageError(f"{text!r} is not the text of one format")
@@ -170,11 +196,13 @@ def _forms(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _names() -> dict[Attribute, str]:
-    return {_canonical(instance.type): instance.name for instance in INSTANCES.values()}
+    return {_canonical(instance.type): instance.name for instance in _NAMED.values()}
 
 
 def _canonical(fmt: Attribute) -> Attribute:
     """A layout as it stands in the table: `32x1` as `32`, `1x?x?` as `?`, `?x?x?` as `?x?`."""
+    if isinstance(fmt, MixedType):
+        return MixedType(_canonical(fmt.low), _canonical(fmt.high))  # pyright: ignore[reportArgumentType]
     if not isinstance(fmt, BlockType):
         return fmt
     sizes = [dim for dim in fmt.dims if dim != 1]

@@ -52,7 +52,7 @@ class Quantize(ModulePass):
     contraction, only where `kind` names it). A role without a format stays wide, and so does everything that `keep`
     matches: `keep=f32` leaves it, `keep=bf16` rounds its operands to bf16. `seed` starts stochastic rounding.
     Mixed formats keep a block in their high format where its impact exceeds `weight_threshold` or
-    `activation_threshold`.
+    `activation_threshold`; without these the pass `mix` says which blocks.
     Raises `RuleError` where the rule, or one of its formats, changes nothing.
     """
 
@@ -151,14 +151,11 @@ class Quantize(ModulePass):
         return {"weight": self.weight_threshold, "activation": self.activation_threshold}.get(role)
 
     def _check_thresholds(self, rule: int, formats: dict[Role, str]) -> None:
-        """Raise RuleError for a mixed format without its threshold, and for a threshold without a mixed format."""
+        """Raise RuleError for a mixed format where none can be, and for a threshold without a mixed format."""
         mixed: set[Role] = {role for role, format in formats.items() if isinstance(format_of(format), MixedType)}
         for role in sorted(mixed):
             if role not in _THRESHOLDS:
                 raise RuleError(rule, f"{_KEYS[role]}={formats[role]!r}: only weights and activations are mixed")
-            if self._threshold(role) is None:
-                what = f"{_KEYS[role]}={formats[role]!r} chooses a format block by block"
-                raise RuleError(rule, f"{what}: give {role}_threshold=, the impact above which a block is high")
         for role in _THRESHOLDS:
             if self._threshold(role) is not None and role not in mixed:
                 raise RuleError(rule, f"{role}_threshold has no effect: {_KEYS[role]}= is no mixed format")

@@ -13,6 +13,7 @@ from xdsl.dialects.builtin import NoneAttr
 from ...dialects.formats import BlockType, Rounding
 from ...dialects.formats._builtin import numbers_of
 from ...dialects.formats._element import Element, Fixed, Minifloat
+from ...dialects.formats._format import SEARCHED_RULES
 from ...dialects.formats._plain import Plain, refuse_scale_options
 from .block_function import BlockFunction
 
@@ -99,6 +100,8 @@ def block_numbers(fmt: Attribute, how: Rounding) -> BlockFunction | str:
 
 def _scaled(fmt: BlockType, how: Rounding) -> BlockFunction | str:
     rule = fmt.rule(how)
+    if rule in SEARCHED_RULES:
+        return f"the scale rule {rule} tries several scales"
     element = fmt.scaling((1,) * len(fmt.dims)).element
     return _refusal(element) or BlockFunction(
         element,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 ROUNDINGS = ("rne", "rna", "rtz", "stochastic")
 POWER_OF_TWO_RULES = ("floor", "ceil", "even", "rceil")
 FLOAT_RULES = ("absmax", "absmean", "minmax")
-SCALE_RULES = (*POWER_OF_TWO_RULES, *FLOAT_RULES)
+SEARCHED_RULES = ("outlier-aware", "four-over-six", "n-over-six", "sweep")
+SCALE_RULES = (*POWER_OF_TWO_RULES, *FLOAT_RULES, *SEARCHED_RULES)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from xdsl.dialects.builtin import f8E8M0FNU
 
 from ..errors import MxloomError
 from ._element import Element, Fixed
-from ._format import GIVEN_PARTS, Given, Parts, Rounding
+from ._format import GIVEN_PARTS, SEARCHED_RULES, Given, Parts, Rounding
 from ._plain import working_dtype
 from ._rounding import round_to_integers
 from ._scale import (
@@ -22,6 +22,7 @@ from ._scale import (
     store_scale,
     tensor_scale,
 )
+from ._searched import searched_scales
 from ._tiling import Tiling
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ def _choose(blocks: Tensor, scaling: Scaling, how: Rounding, rule: str, over: Te
 
     if over is not None and not scaling.two_levels:
         raise MxloomError("given scales: global_scale has no place in this format")
+    if rule in SEARCHED_RULES:
+        return searched_scales(blocks, scaling, how, rule, over)
     if rule == "minmax":
         return _affine(blocks, scaling, how)
     grid, element = scaling.tiling.grid, scaling.element

@@ -27,9 +27,10 @@ from ..errors import UsageError
 from . import _scaled
 from ._builtin import element_of, numbers_of
 from ._element import Fixed, Trit
-from ._format import POWER_OF_TWO_RULES, Format, Given, Layout, Parts, Rounding
+from ._format import POWER_OF_TWO_RULES, SEARCHED_RULES, Format, Given, Layout, Parts, Rounding
 from ._plain import byte_stream
 from ._scale import SCALE_TYPES, scale_dtype
+from ._searched import refuse_clip, rules_of
 from ._tiling import Tiling
 
 if TYPE_CHECKING:
@@ -106,10 +107,11 @@ class BlockType(ParametrizedAttribute, Format):
 
     def scale_rules(self) -> tuple[str, ...]:
         """The scale rules that fit this format, the default first."""
-        default = self.default_scale_rule
+        default, two_levels = self.default_scale_rule, self.tensor_scale != NoneAttr()
+        searched = rules_of(self.scale, two_levels, self.zero != NoneAttr())
         if self.scale == f8E8M0FNU:
-            return (default, *(rule for rule in POWER_OF_TWO_RULES if rule != default))
-        return ("absmean", "absmax") if default == "absmean" else (default,)
+            return (default, *(rule for rule in POWER_OF_TWO_RULES if rule != default), *searched)
+        return ("absmean", "absmax") if default == "absmean" else (default, *searched)
 
     def tiling(self, shape: Sequence[int]) -> Tiling:
         """How these blocks lie on a tensor of `shape`."""
@@ -171,6 +173,8 @@ class BlockType(ParametrizedAttribute, Format):
         rule = how.scale_rule or self.default_scale_rule
         if rule not in self.scale_rules():
             raise UsageError(f"scale rule {rule!r} does not fit {self}: use {' or '.join(self.scale_rules())}")
+        if rule in SEARCHED_RULES:
+            refuse_clip(how, rule)
         return rule
 
     def scaling(self, shape: Sequence[int], *, full_range: bool = False) -> _scaled.Scaling:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mxloom.dialects.errors import MxloomError
 from mxloom.passes._brain_surgeon import Surgeon, output_errors
 

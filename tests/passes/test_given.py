@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
+import mxloom
 from mxloom.backends.reference import Interpreter
 from mxloom.compiler.driver import import_source, run_pipeline
 from mxloom.compiler.model_source import open_model
 from mxloom.dialects.errors import UsageError
 from mxloom.dialects.formats import encode_tensor
 from mxloom.passes._given import forget_wide, given_encoding, narrow_weights, set_given, wide_weight
-from torch import nn
-
-import mxloom
 
 
 class _Two(nn.Module):

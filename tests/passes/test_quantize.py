@@ -137,11 +137,6 @@ def test_mixed_formats_have_a_threshold_for_weights_and_one_for_activations():
         ),
         (Quantize(keep="mxfp4"), "rule 1: keep='mxfp4': a rule keeps f32, bf16 or f16"),
         (
-            Quantize(weights=MIXED),
-            f"rule 1: weights={MIXED!r} chooses a format block by block: "
-            "give weight_threshold=, the impact above which a block is high",
-        ),
-        (
             Quantize(weights="mxfp4", activation_threshold=0.1),
             "rule 1: activation_threshold has no effect: activations= is no mixed format",
         ),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mxloom.dialects.errors import UsageError
 from mxloom.dialects.formats import Rounding, encode_tensor, quantize
 from mxloom.dialects.instances import format_of

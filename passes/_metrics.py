@@ -1,0 +1,52 @@
+"""The metrics in which errors of rounding are measured, and the statistics that each is computed from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..dialects.errors import MxloomError
+from ..dialects.formats import BlockType
+from ._block_errors import BlockError
+from ._columns import columns_of, hessian_of, reduced_axes
+from ._sites import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ._statistics import Statistics
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "mse": (),
+    "fisher": ("fisher",),
+    "kl": ("fisher_kl",),
+    "output": ("ranges",),
+    "hessian": ("hessian",),
+}
+"""The metrics by name, each with the kinds of statistics that it is computed from."""
+
+
+def error_of(site: Site, format: BlockType, metric: str, statistics: Statistics | None) -> BlockError:
+    """The error of rounding a weight into blocks of `format`, in a metric."""
+    if metric == "mse":
+        return BlockError(format)
+    assert statistics is not None
+    if metric == "hessian":
+        return BlockError(
+            format, hessian=hessian_of(site, statistics), columns=columns_of(site), reduced=_from_end(site)
+        )
+    return BlockError(format, importance(site, metric, statistics))
+
+
+def _from_end(site: Site) -> tuple[int, ...]:
+    return tuple(axis - len(site.shape) for axis in reduced_axes(site))
+
+
+def importance(site: Site, metric: str, statistics: Statistics) -> Tensor:
+    """What each element's squared error is weighed with, broadcast to the weight."""
+    if metric in ("fisher", "kl"):
+        found = statistics.fisher(site)
+    else:
+        found = statistics.inputs(site).mean_square[columns_of(site, channels=True)]
+    if not bool(found.isfinite().all()) or bool((found < 0).any()):
+        raise MxloomError(f"{site.name}: the {metric} sensitivities hold NaN, infinite or negative numbers")
+    return found

@@ -1,0 +1,104 @@
+"""`clip`: the scale of every block of the weights, chosen for the least error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp, NoneAttr
+from xdsl.passes import ModulePass
+
+from ..dialects.errors import UsageError
+from ..dialects.formats import BlockType, MixedType
+from ..dialects.formats._format import Given
+from ..dialects.instances import name_of
+from ._context import note, weights_of
+from ._given import narrow_weights, rounding_of, set_given, wide_weight
+from ._metrics import METRICS, error_of
+from ._scale_search import Chosen, search_scales
+from ._sites import Site
+from ._statistics import Statistics, statistics_of
+from .quantize import matches, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..backends.weight_store import WeightStore
+
+
+@dataclass(frozen=True)
+class Clip(ModulePass):
+    """Choose the scale of every block, group, channel or tensor of the weights for the least `metric`.
+
+    `mse`: the squared error; `fisher`: the squared error times the squared gradient of the loss, element by element
+    (FGMP, arXiv 2504.14152, section 3.3, sensitivity-weighted clipping); `kl`: the same with labels that the model
+    draws itself, which makes it the second-order change of the divergence from the float model; `output`: times the
+    mean square of the input that the element meets; `hessian`: d^T H d with the block's part of H = 2 X^T X / n.
+
+    Tried are all scales that an 8-bit float can store (126 for NVFP4), exponent offsets from -3 to 2 of power-of-two
+    scales, parts from 0.3 to 1 of the largest magnitude for float scales of integers, and OCTAV's. A block keeps the
+    scale of its rule where none is better. `shared`: weights that meet one input have one scale of the tensor
+    (NVFP4), as kernels that fuse them need. Only weights that `match` names (as in `quantize`) change.
+    """
+
+    name = "clip"
+
+    metric: str = "mse"
+    match: str = "*"
+    shared: bool = False
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        if self.metric not in METRICS:
+            raise UsageError(f"clip: unknown metric {self.metric!r}; known: {', '.join(METRICS)}")
+        weights = weights_of(ctx, self.name)
+        chosen = scaled_weights(op, self.match, self.name)
+        kinds = METRICS[self.metric]
+        statistics = statistics_of(ctx, op, f"{self.name}{{metric={self.metric}}}", *kinds) if kinds else None
+        factors = shared_scales(chosen, weights) if self.shared else {}
+        changed = blocks = 0
+        for site in chosen:
+            found = clipped(site, weights, self.metric, statistics, factors.get(site.group))
+            set_given(site, weights, found.encoded)
+            changed, blocks = changed + found.changed, blocks + found.errors.numel()
+        note(ctx, f"clip{{metric={self.metric}}}: {changed} of {blocks} blocks in {len(chosen)} weights have another "
+                  "scale than their rule's")  # fmt: skip
+
+
+def scaled_weights(module: ModuleOp, match: str, name: str) -> list[Site]:
+    """The matched weights whose format has scales; UsageError where there is none."""
+    narrow = narrow_weights(module)
+    found = [s for s in narrow if matches(match, s.module) and isinstance(s.format, BlockType | MixedType)]
+    if not found:
+        if not narrow:
+            raise UsageError(f"{name}: no weight has a format with scales yet: it stands after `quantize`")
+        raise UsageError(f"{name}: {match!r} matches no weight with scales{nearest(match, [s.module for s in narrow])}")
+    return found
+
+
+def clipped(
+    site: Site, weights: WeightStore, metric: str, statistics: Statistics | None, over: Tensor | None = None
+) -> Chosen:
+    """A weight under the best scales. Raises UsageError where its values are gone or its format has none to choose."""
+    wide = wide_weight(site, weights)
+    format = cast(BlockType, site.format)
+    error = error_of(site, format, metric, statistics)
+    try:
+        return search_scales(wide, format, rounding_of(site), error, over)
+    except UsageError as problem:
+        raise UsageError(f"clip: {site.name} in {name_of(format)}: {problem}") from None
+
+
+def shared_scales(sites: list[Site], weights: WeightStore) -> dict[str, Tensor]:
+    """The scale over the block scales of each group of weights that meet one input: that of the largest of them."""
+    import torch
+
+    found: dict[str, Tensor] = {}
+    for site in sites:
+        format = site.format
+        if isinstance(format, BlockType) and format.tensor_scale != NoneAttr():
+            wide = wide_weight(site, weights)
+            own = format.encode(wide, rounding_of(site), Given()).global_scale
+            assert own is not None
+            found[site.group] = own if site.group not in found else torch.maximum(found[site.group], own)
+    return found
