@@ -172,7 +172,7 @@ class _Planner:
         return self._known[place]
 
     def _products(self, site: Site, value: SSAValue) -> str:
-        place = ("products", value, *_geometry(cast(Contraction, site.operation), site.operand))
+        place = ("products", value, *geometry(cast(Contraction, site.operation), site.operand))
         if place not in self._known:
             key = self._name(place, site.name)
             self.plan.products[key] = found = Products(key, cast(Contraction, site.operation), site.operand)
@@ -218,8 +218,8 @@ class _Planner:
                 asked.values, asked.products = values, products
 
 
-def _geometry(operation: Contraction, operand: str) -> tuple[object, ...]:
-    """Operations that multiply the same rows of one value have the same."""
+def geometry(operation: Contraction, operand: str) -> tuple[object, ...]:
+    """How an operation takes rows from a value: operations that multiply the same rows of one value have the same."""
     if isinstance(operation, ConvOp):
         window = tuple(tuple(operation.per_dimension(name)) for name in ("stride", "padding", "dilation"))
         return ("conv", shape_of(operation.weight)[1:], *window, operation._groups())

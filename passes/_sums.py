@@ -85,14 +85,15 @@ def add_values(sums: Sums, values: Values, tensor: Tensor, sample: Sample) -> No
 
 def add_products(sums: Sums, products: Products, tensor: Tensor, index: Tensor | None, sample: Sample) -> None:
     """Add X^T X of the rows X [rows, K] of one sample: [K, K], or [parts, K, K] for experts and groups."""
-    for part, rows in enumerate(_parts(products, tensor.detach(), index, sample)):
+    for part, rows in enumerate(parts_of(products, tensor.detach(), index, sample)):
         held = sums["products"] if products.parts == 1 else sums["products"][part]
         rows = rows.float()
         held.addmm_(rows.T, rows)
         sums["rows"][part] += len(rows)
 
 
-def _parts(products: Products, tensor: Tensor, index: Tensor | None, sample: Sample) -> list[Tensor]:
+def parts_of(products: Products, tensor: Tensor, index: Tensor | None, sample: Sample) -> list[Tensor]:
+    """The rows that are data, [rows, K], of each part: all of them, or those of each expert, or of each group."""
     operation = products.operation
     if isinstance(operation, ConvOp):
         windows = windows_of(operation, tensor)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from xdsl.dialects.builtin import TensorType
@@ -15,9 +16,11 @@ from ..dialects.errors import MxloomError
 from ..dialects.operations._operation import Call, Operation
 from ..dialects.operations._shapes import element_of, shape_of, text
 from ..dialects.operations._values import torch_dtype
+from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import Contraction, EmbeddingOp, ExpertLinearOp
 from ..dialects.operations.parameter import ParameterOp
+from ..dialects.torch_operators import attention
 from ._losses import Loss
 from ._observed import Gradients, Plan, Reader
 from ._samples import Sample
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 Done = Callable[[str, str, Sums], None]
 """Told the kind, the key and the sums of what no later segment adds to."""
+
+
+KEPT = 16 << 20
+"""Bytes of probabilities of attention that are kept until they are differentiated."""
 
 
 class Sweep:
@@ -93,7 +100,7 @@ class Sweep:
         values = {value: shelf.get((number, value)) for value in segment.imports}
         for op, dead in zip(segment.operations, segment.dead, strict=True):
             self._observe(op, values, sample, sums)
-            values |= zip(op.results, self._run(op, values, {}), strict=True)
+            values |= zip(op.results, self._run(op, values), strict=True)
             for value in dead:
                 values.pop(value, None)
         for value in segment.exports:
@@ -110,15 +117,14 @@ class Sweep:
         run = _Differentiated(self, segment, sample, sums, dict(leaves), observes=is_last)
         with torch.enable_grad():
             run()
-        if is_last:
-            self._seed(run.values, number, first + number, sample, shelf)
-        seeds = [(run.values[v], shelf.take((number, "gradient", v))) for v in segment.exports]
+        seeds = [(run.values[v], self._seed(v, run.values[v], shelf, number, first, sample)) for v in segment.exports]
         for value in segment.exports:
             shelf.drop((number, value))
         seeds = [(tensor, seed) for tensor, seed in seeds if seed is not None and tensor.requires_grad]
         run.values.clear()
         if seeds:
             torch.autograd.backward([tensor for tensor, _ in seeds], [seed for _, seed in seeds])
+        run.release()
         for value, leaf in leaves.items():
             if getattr(leaf, "grad", None) is not None and value not in self.block.args:
                 _add(shelf, (number, "gradient", value), leaf.grad)
@@ -129,12 +135,16 @@ class Sweep:
             if reader is segment and (total := shelf.take((number, "partial", key))) is not None:
                 add_gradient(sums.of("fisher", key), self.plan.gradients[key], total, sample)
 
-    def _seed(self, values: dict[SSAValue, Any], number: int, draw: int, sample: Sample, shelf: Shelf) -> None:
-        """Put the loss's gradient where the output is differentiated."""
+    def _seed(
+        self, value: SSAValue, tensor: Tensor, shelf: Shelf, number: int, first: int, sample: Sample
+    ) -> Tensor | None:
+        """The gradient of the loss at a value that a segment yields: what later segments told, and the loss itself."""
         assert self.loss is not None
-        output = self.outputs[self.loss.output]
-        found = values[output] if output in values else shelf.get((number, output))
-        shelf.put((number, "gradient", output), self.loss.gradient(found.detach(), sample, draw))
+        found = shelf.take((number, "gradient", value))
+        if value is not self.outputs[self.loss.output]:
+            return found
+        own = self.loss.gradient(tensor.detach(), sample, first + number)
+        return own if found is None else found.add_(own)
 
     def _leaf(self, value: SSAValue, held: Any) -> Any:
         return held.detach().requires_grad_() if value in self._follows else held
@@ -149,12 +159,18 @@ class Sweep:
                 index = values[op.index] if isinstance(op, ExpertLinearOp) else None
                 add_products(sums.of("hessian", each.key), each, self._value(each.value, values), index, sample)
 
-    def _run(self, op: Operation, values: dict[SSAValue, Any], read: dict[SSAValue, Any]) -> list[Any]:
+    def _run(
+        self,
+        op: Operation,
+        values: dict[SSAValue, Any],
+        read: Mapping[SSAValue, Any] = MappingProxyType({}),
+        call: Call | None = None,
+    ) -> list[Any]:
         """The results of an operation for operands from `read`, else from `values`."""
         if op not in self._calls:
             self._calls[op] = op.shape_call() if isinstance(op, Contraction) else op.call()
         given = {o: read[o] if o in read else self._value(o, values) for o in op.operands}
-        return results(op, self._calls[op], given)
+        return results(op, call or self._calls[op], given)
 
     def _value(self, value: SSAValue, values: dict[SSAValue, Any]) -> Any:
         if value in values:
@@ -170,9 +186,9 @@ class Sweep:
         owner = value.owner
         assert isinstance(owner, Operation), value
         if isinstance(owner, ParameterOp):
-            return _parameter(owner, self.weights)
+            return parameter_values(owner, self.weights)
         with torch.no_grad():
-            found = self._run(owner, {}, {})
+            found = self._run(owner, {})
         self._constants |= zip(owner.results, found, strict=True)
         return self._constants[value]
 
@@ -231,6 +247,14 @@ class _Differentiated:
         self.observes = observes
         self.partial: dict[str, Tensor] = {}
         self._taps: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def release(self) -> None:
+        """Let go of the tensors: they hold hooks, and these hold them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._taps.clear()
 
     def __call__(self) -> None:
         import torch
@@ -239,12 +263,22 @@ class _Differentiated:
             if self.observes:
                 with torch.no_grad():
                     self.sweep._observe(op, self.values, self.sample, self.sums)
-            found = self.sweep._run(op, self.values, self._read(op))
+            found = self.sweep._run(op, self.values, self._read(op), self._call(op))
             if isinstance(op, EmbeddingOp):
                 found = [self._looked_up(op, found[0])]
             self.values |= zip(op.results, found, strict=True)
             for value in dead:
                 self.values.pop(value, None)
+
+    def _call(self, op: Operation) -> Call | None:
+        """Attention whose probabilities are small keeps them for the way back, rather than to compute them again."""
+        if not isinstance(op, AttentionOp):
+            return None
+        query, key = (self.sweep._value(value, self.values) for value in (op.query, op.key))
+        if query[..., 0].numel() * key.shape[2] * query.element_size() > KEPT:
+            return None
+        call = op.shape_call()
+        return Call(attention, call.args, call.kwargs, call.dtype)
 
     def _read(self, op: Operation) -> dict[SSAValue, Any]:
         """The operands at which the loss is differentiated, as leaves or with hooks."""
@@ -261,10 +295,10 @@ class _Differentiated:
         tensor = self.sweep._value(unit.value, self.values)
         if not tensor.requires_grad:
             leaf = tensor.detach().requires_grad_()
-            leaf.register_post_accumulate_grad_hook(lambda leaf: self._come_to_leaf(unit, leaf))
+            self._hooks.append(leaf.register_post_accumulate_grad_hook(lambda leaf: self._come_to_leaf(unit, leaf)))
             return leaf
         tap = tensor.view_as(tensor)
-        tap.register_hook(lambda gradient: self._come(unit, gradient))
+        self._hooks.append(tap.register_hook(lambda gradient: self._come(unit, gradient)))
         return tap
 
     def _come_to_leaf(self, unit: Gradients, leaf: Tensor) -> None:
@@ -288,7 +322,7 @@ class _Differentiated:
             leaf.grad = None
 
         leaf = found.detach().requires_grad_()
-        leaf.register_post_accumulate_grad_hook(come)
+        self._hooks.append(leaf.register_post_accumulate_grad_hook(come))
         return leaf
 
 
@@ -321,7 +355,7 @@ def _is_number(value: SSAValue) -> bool:
     return not _is_wide(value) or torch_dtype(element_of(value)).is_floating_point
 
 
-def _parameter(op: ParameterOp, weights: Weights) -> Tensor:
+def parameter_values(op: ParameterOp, weights: Weights) -> Tensor:
     name, element, shape = op.source.data, element_of(op.result), shape_of(op.result)
     if formats.is_wide(element):
         tensor = weights.wide(name).to(torch_dtype(element))
