@@ -108,7 +108,8 @@ _OWN_FIELDS = {"format_version", "files", "recipe"}
 
 def _report(compiled: Compiled, module: ModuleOp, weights: WeightStore) -> dict[str, Any]:
     """The report, its sizes those of the tensors as they are stored: packing decides how large mixed blocks are."""
-    return replace(compiled, module=module, weights=weights).report() | {"notes": compiled.notes()}
+    notes = [note for note in compiled.notes() if note not in compiled.undecided()]
+    return replace(compiled, module=module, weights=weights).report() | {"notes": notes}
 
 
 def _stored(source: ModelSource, module: ModuleOp, weights: WeightStore) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,7 +17,10 @@ from ..backends.stored_tensors import stored_tensors
 from ..backends.weight_store import WeightStore
 from ..dialects.arguments import whole_number
 from ..dialects.errors import UsageError
-from ..dialects.operations._shapes import UNKNOWN, shape_of
+from ..dialects.formats import MixedType, is_wide
+from ..dialects.operations._origin import stored_readers
+from ..dialects.operations._shapes import UNKNOWN, element_of, shape_of
+from ..dialects.operations.parameter import ParameterOp
 from .inputs import completed, field_names, fitted, not_captured
 from .model_source import ModelSource
 
@@ -198,6 +201,22 @@ class Compiled:
             if len(own) > 1
         ]
 
+    def undecided(self) -> list[str]:
+        """A line on the weights whose size the cost does not know: packing them decides how many blocks are high."""
+        found: dict[str, None] = {}
+        for op in self.module.walk():
+            if isinstance(op, ParameterOp) and is_wide(element_of(op.result)):
+                casts = [cast for cast in stored_readers(op) if cast is not None]
+                if any(isinstance(element_of(cast.result), MixedType) for cast in casts):
+                    found[op.source.data] = None
+        if not found:
+            return []
+        return [
+            f"{len(found)} weights in mixed formats are counted as the most that they can take: a threshold decides "
+            f"which blocks are high when they are packed: {', '.join(list(found)[:3])}"
+            f"{', ...' if len(found) > 3 else ''}"
+        ]
+
     def _coarse(self) -> list[str]:
         """A line on the values whose range is too small to have significant bits (`legalize-hardware`)."""
         named = self.function.attributes.get("coarse")
@@ -213,7 +232,7 @@ class Compiled:
 
     def notes(self) -> list[str]:
         """What is unusual: about the checkpoint, and about what the formats did to it."""
-        return [*self.source.notes, *self._twice_stored(), *self._coarse()]
+        return [*self.source.notes, *self._twice_stored(), *self.undecided(), *self._coarse()]
 
     def save(self, directory: str | Path) -> Path:
         """Write the artefact folder (see `mxloom.load`)."""

@@ -178,6 +178,9 @@ def test_weights_of_mixed_blocks_are_packed(threshold: float, compiled_as: Compi
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["cost"]["weight_bits"] == again.cost().weight_bits
     assert report["cost"]["bytes"] == sum(entry.bits for entry in file.entries.values()) // 8
+    (note,) = compiled.undecided()
+    assert note in compiled.notes() and note not in report["notes"] and not again.undecided()
+    assert note.startswith("1 weights in mixed formats are counted as the most") and note.endswith(weight)
 
 
 @pytest.mark.parametrize(

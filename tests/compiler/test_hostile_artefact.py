@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def llama() -> Any:
 def artefact(tmp_path: Path) -> Path:
     """A small Llama in MXFP4 with wide norms."""
     return mxloom.compile(llama(), weights="mxfp4").save(tmp_path / "artefact")
+
+
+@pytest.fixture(scope="module")
+def two_formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama whose head has blocks in MXFP4 and blocks in MXFP8."""
+    mixed = "mixed<!mx.block<16xf4E2M1FN>, !mx.block<16xf8E4M3FN>>"
+    rule = {"match": "lm_head", "weights": mixed, "weight_threshold": 1e-4}
+    return mxloom.compile(llama(), {"version": 1, "quantize": [rule]}).save(
+        tmp_path_factory.mktemp("mixed") / "artefact"
+    )
 
 
 def edit(folder: Path, name: str, **fields: Any) -> None:
@@ -67,6 +78,27 @@ def test_tensors_that_are_not_what_the_module_says(artefact: Path, name: str, ch
     tensors[name] = change(tensors[name])
     save_file(tensors, artefact / WEIGHTS)
     refused(artefact, message)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("choice", lambda t: t.bitwise_not(), "(high_)?codes: is torch.uint8"),
+        ("choice", lambda t: t[:-1], r"choice: is torch.uint8 of shape \[7\]; 64 blocks take a bit each"),
+        ("offsets", lambda t: t + 1, "offsets: entry 0 is 1, and 0 of the 0 blocks before it are high"),
+        ("high_codes", lambda t: torch.cat([t, t[:16]]), "high_codes: is torch.uint8"),
+        ("scales", lambda t: t[:-1], "scales: is torch.float8_e8m0fnu"),
+        ("high_codes", lambda t: torch.full_like(t, 127), " .* values, or their scales, are NaN"),
+    ],
+)
+def test_mixed_blocks_that_do_not_fit(two_formats: Path, tmp_path: Path, part: str, change: Any, message: str) -> None:
+    artefact = Path(shutil.copytree(two_formats, tmp_path / "artefact"))
+    tensors = load_file(artefact / WEIGHTS)
+    name = f"lm_head.weight.{part}"
+    assert 0 < len(tensors["lm_head.weight.high_scales"]) < 64 and len(tensors[name])
+    tensors[name] = change(tensors[name]).clone()
+    save_file(tensors, artefact / WEIGHTS)
+    refused(artefact, rf"lm_head.weight(\.|:){message}")
 
 
 @pytest.mark.parametrize(
