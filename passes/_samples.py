@@ -43,6 +43,8 @@ class Sample:
             return self.mask.any(1)
         if leading == (batch * tokens,):
             return self.mask.flatten()
+        if tokens == 1 and leading[:1] == (batch,):
+            return self.mask.reshape(batch, *[1] * (len(leading) - 1)).expand(leading).flatten()
         places = [axis for axis, size in enumerate(leading) if axis > 0 and size == tokens]
         if leading[:1] != (batch,) or not places:
             raise MxloomError(
@@ -57,12 +59,13 @@ class Sample:
 def samples_of(arguments: Sequence[SSAValue], inputs: Iterable[Sequence[Tensor]]) -> list[Sample]:
     """Every sequence of the inputs on its own, padding on its right cut off, where the module's sizes may change.
 
+    A batch whose size the module has fixed comes once for each of its sequences, the others being no data.
     Raises MxloomError for values that are NaN or infinite, and for an input without data.
     """
     found: list[Sample] = []
     for place, given in enumerate(inputs):
         _check(arguments, place, given)
-        found += [_sample(arguments, place, one) for one in _single(arguments, given)]
+        found += _sequences(arguments, place, given)
     return found
 
 
@@ -77,25 +80,41 @@ def _check(arguments: Sequence[SSAValue], place: int, given: Sequence[Tensor]) -
             )
 
 
-def _single(arguments: Sequence[SSAValue], given: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
-    """The sequences of a batch; the batch itself where the module has it fixed, or its inputs have none in common."""
+def _sequences(arguments: Sequence[SSAValue], place: int, given: Sequence[Tensor]) -> list[Sample]:
     sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in given}
-    free = all(shape_of(argument)[:1] == (UNKNOWN,) for argument in arguments)
-    if not free or len(sizes) != 1 or sizes <= {0, 1}:
-        return [given]
-    return [[tensor[row : row + 1] for tensor in given] for row in range(sizes.pop())]
+    (batch,) = sizes if len(sizes) == 1 else (1,)  # inputs that have no size in common are one sequence
+    if batch < 2:
+        return [_cut(arguments, given, _data(arguments, place, given))]
+    if all(shape_of(argument)[:1] == (UNKNOWN,) for argument in arguments):
+        rows = [[tensor[row : row + 1] for tensor in given] for row in range(batch)]
+        return [_cut(arguments, one, _data(arguments, place, one)) for one in rows]
+    data = _data(arguments, place, given)
+    rows = data.new_zeros(batch, batch).fill_diagonal_(True).unbind()
+    return [_cut(arguments, given, data & row[:, None]) for row in rows]
 
 
-def _sample(arguments: Sequence[SSAValue], place: int, given: Sequence[Tensor]) -> Sample:
+def _data(arguments: Sequence[SSAValue], place: int, given: Sequence[Tensor]) -> Tensor:
+    """Which positions are data: [batch, tokens], or [batch, 1] where no input counts tokens."""
+    import torch
+
     names = [argument.name_hint for argument in arguments]
-    if MASK not in names or (mask := given[names.index(MASK)]).ndim != 2:
-        return Sample(tuple(given))
-    data = mask != 0
-    if not bool(data.any()):
-        raise MxloomError(f"calibration input {place}: its {MASK} is 0 everywhere, so it has no data (tokens 0)")
+    if MASK in names and given[names.index(MASK)].ndim == 2:
+        data = given[names.index(MASK)] != 0
+        if not bool(data.any(1).all()):
+            raise MxloomError(f"calibration input {place}: its {MASK} is 0 everywhere, so it has no data (tokens 0)")
+        return data
+    tokens = next((tensor for tensor in given if tensor.ndim == 2 and not tensor.is_floating_point()), None)
+    batch = given[0].shape[0] if given and given[0].ndim else 1
+    return torch.ones(batch, 1, dtype=torch.bool) if tokens is None else torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _cut(arguments: Sequence[SSAValue], given: Sequence[Tensor], data: Tensor) -> Sample:
+    """A sample without what lies behind the last token of data, where sizes may change."""
+    names = [argument.name_hint or "" for argument in arguments]
     length = int(data.any(0).nonzero()[-1]) + 1
-    along = [_is_along(name or "", tensor, mask.shape[1]) for name, tensor in zip(names, given, strict=True)]
-    if all(shape_of(argument)[1] == UNKNOWN for argument, is_cut in zip(arguments, along, strict=True) if is_cut):
+    along = [_is_along(name, tensor, data.shape[1]) for name, tensor in zip(names, given, strict=True)]
+    free = [shape_of(argument)[1] == UNKNOWN for argument, is_cut in zip(arguments, along, strict=True) if is_cut]
+    if length < data.shape[1] and free and all(free):
         given = [tensor[:, :length] if is_cut else tensor for tensor, is_cut in zip(given, along, strict=True)]
         data = data[:, :length]
     return Sample(tuple(given), None if bool(data.all()) else data)

@@ -17,7 +17,7 @@ from ._collection import KINDS, Settings, collected
 from ._context import CompileContext, calibration_of, note, weights_of
 from ._magnitudes import COARSE, FINE
 from ._observed import Asked
-from ._samples import samples_of
+from ._samples import Sample, samples_of
 from ._shards import Shards, merged, units_of
 from ._sites import Site, sites
 from ._sums import Sums
@@ -208,8 +208,7 @@ def collect(
     See `calibrate`, whose options these are. What is unusual about them becomes a note.
     """
     weights = weights_of(ctx, pass_name)
-    wanted = getattr(ctx, "samples", 128) if samples is None else samples
-    sequences = samples_of(body(module).args, calibration_of(ctx, pass_name, wanted))
+    sequences = sequences_of(ctx, module, pass_name, samples)
     task = getattr(ctx, "task", None)
     shards, asked = collected(module, weights, sequences, settings, task=task, save=save, only=only)
     if shards is None:
@@ -226,6 +225,15 @@ def collect(
             "rank, and what is solved with it is damped; more calibration samples mend that",
         )
     return found
+
+
+def sequences_of(ctx: Context, module: ModuleOp, pass_name: str, samples: int | None = None) -> list[Sample]:
+    """The sequences that passes calibrate with, of so many inputs at most; `ctx.samples` where it is not said.
+
+    UsageError, naming the pass, where there are none.
+    """
+    wanted = getattr(ctx, "samples", 128) if samples is None else samples
+    return samples_of(body(module).args, calibration_of(ctx, pass_name, wanted))
 
 
 def forget(ctx: Context) -> None:
