@@ -13,8 +13,9 @@ from xdsl.rewriter import InsertPoint, Rewriter
 from ..dialects.errors import UsageError
 from ..dialects.formats import is_wide
 from ..dialects.hadamard import hadamard
-from ..dialects.operations._shapes import element_of
-from ..dialects.operations._values import hint_of
+from ..dialects.instances import name_of
+from ..dialects.operations._shapes import element_of, shape_of
+from ..dialects.operations._values import element_type, hint_of, path_of
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import EmbeddingOp
 from ..dialects.operations.parameter import ParameterOp
@@ -149,9 +150,10 @@ def replace_values(weights: WeightStore, name: str, values: Tensor) -> None:
 
 
 def parameter(name: str, values: Tensor, *, before: Operation | Block) -> SSAValue:
-    """A new parameter of the module, in f32, where another stands."""
+    """A new parameter of the module, before an operation: f32 where its values are floats, else as they are."""
+    element = f32 if values.is_floating_point() else element_type(values.dtype)
     made = ParameterOp.build(
-        result_types=[TensorType(f32, tuple(values.shape))], properties={"source": StringAttr(name)}
+        result_types=[TensorType(element, tuple(values.shape))], properties={"source": StringAttr(name)}
     )
     made.result.name_hint = hint_of(name)
     where = InsertPoint.at_start(before) if isinstance(before, Block) else InsertPoint.before(before)
@@ -214,17 +216,24 @@ def check_unfitted(value: SSAValue) -> None:
 
 
 def _same_cast(cast: CastOp, base: SSAValue) -> SSAValue:
+    """`base` rounded as a cast rounds its input: by the cast that does so already, or by a new one."""
+    format = element_of(cast.result)
     for use in base.uses:
         other = use.operation
         if (
             isinstance(other, CastOp)
-            and other.result.type == cast.result.type
+            and element_of(other.result) == format
             and other.properties == cast.properties
             and other.attributes == cast.attributes
         ):
             return other.result
-    made = cast.clone()
-    made.operands[0] = base
+    made = CastOp.build(
+        operands=[base, None],
+        result_types=[TensorType(format, shape_of(base))],
+        properties=dict(cast.properties),
+        attributes=dict(cast.attributes),
+    )
+    made.result.name_hint = hint_of(f"{path_of(base)}.{name_of(format)}") if base.name_hint else None
     owner = base.owner
     Rewriter.insert_op(made, InsertPoint.at_start(owner) if isinstance(owner, Block) else InsertPoint.after(owner))
     return made.result
