@@ -71,6 +71,7 @@ def _check_fields(path: Path, provenance: dict[str, Any]) -> None:
         ("recipe", dict | None, "an object or null"),
         ("versions", dict, "an object"),
         ("source", dict, "an object"),
+        ("notes", list, "a list"),
     ):
         if name in provenance and not isinstance(provenance[name], kind):
             raise MxloomError(f"{path}: {name!r} must be {said}.")

@@ -231,8 +231,9 @@ class Compiled:
         ]
 
     def notes(self) -> list[str]:
-        """What is unusual: about the checkpoint, and about what the formats did to it."""
-        return [*self.source.notes, *self._twice_stored(), *self.undecided(), *self._coarse()]
+        """What is unusual: about the checkpoint, what passes told, and what the formats did to it."""
+        told = self.provenance.get("notes", [])
+        return [*self.source.notes, *told, *self._twice_stored(), *self.undecided(), *self._coarse()]
 
     def save(self, directory: str | Path) -> Path:
         """Write the artefact folder (see `mxloom.load`)."""

@@ -23,7 +23,7 @@ from ..passes._sites import sites
 from ..passes.accumulate import Accumulate
 from ..passes.mix import undecided
 from ..passes.quantize import RuleError
-from .calibration import calibration_inputs
+from .calibration import CalibrationData
 from .compiled import Compiled
 from .model_source import ModelSource, open_model
 from .pipeline import apply_pass, parse_passes
@@ -58,8 +58,10 @@ def compile(
     input, {"x": [0, 1], "mask": [0, 1]}; False, none.
     `mode` says how linear layers of quantized operands sum: `fast` as torch's f32 product does; `exact` inside a block
     exactly and then in f32, block after block, as hardware does (the pass `accumulate`, which offers more).
-    `calibration` is what passes that measure ranges run the model on: a text or its file, or a list of dictionaries of
-    inputs by name; without it a language model speaks from a seed, and any other model gets its example.
+    `calibration` is what passes that need data run the model on, in place of the text in the recipe's `calibration`: a
+    text or its file (.jsonl: a JSON object a line, with "text" or "input_ids"), or an iterable of texts, of lists of
+    token numbers, of tensors (the model's main input), or of dictionaries of inputs by name; without it a language
+    model speaks from a seed, and any other model gets its example.
     A recipe's `evaluate` is carried out: the result's `evaluation`.
     Raises MxloomError with what to do where the model cannot be read or captured or a rule has no effect.
     """
@@ -73,16 +75,10 @@ def compile(
         source.set_dynamic(dynamic)
     reference = _reference(source, chosen)
     module = import_source(source, tell).clone()
-    arguments = body(module).args
+    inputs = _calibration(source, body(module).args, chosen, calibration)
     own = source.weights.copy()  # what passes do to weights is the compiled model's own
-    run_pipeline(
-        module,
-        own,
-        pipeline,
-        chosen,
-        tell,
-        lambda samples: calibration_inputs(source, arguments, calibration, samples),
-    )
+    notes = run_pipeline(module, own, pipeline, chosen, tell, inputs, task=source.task)
+    _check_calibrated(chosen, inputs)
     forget_wide(own)
     compiled = Compiled(
         module=module,
@@ -90,7 +86,7 @@ def compile(
         source=source,
         pipeline=pipeline,
         recipe=chosen.to_json() if chosen else None,
-        provenance=provenance(source, pipeline),
+        provenance=provenance(source, pipeline) | ({"notes": notes} if notes else {}),
     )
     if chosen and chosen.evaluate:
         compiled.evaluation = _evaluated(compiled, chosen, reference)
@@ -191,9 +187,16 @@ def run_pipeline(
     recipe: Recipe | None = None,
     report: Report | None = None,
     calibration: Calibration | None = None,
-) -> None:
-    """Run a pipeline string over a module, in place, and verify after each pass; an error names the pass."""
-    ctx = CompileContext(weights=weights, calibration=calibration)
+    *,
+    task: str | None = None,
+) -> list[str]:
+    """Run a pipeline string over a module, in place, and verify after each pass; an error names the pass.
+
+    Answers with the notes that the passes left.
+    """
+    ctx = CompileContext(weights=weights, calibration=calibration, task=task)
+    if recipe is not None and recipe.calibration is not None:
+        ctx.samples = recipe.calibration.samples
     for step in parse_passes(pipeline):
         try:
             apply_pass(step, ctx, module)
@@ -204,6 +207,30 @@ def run_pipeline(
     _check_decided(module)
     if report and pipeline:
         report("formats", _typed(module))
+    return ctx.notes
+
+
+def _calibration(source: ModelSource, arguments: Any, recipe: Recipe | None, given: Any) -> CalibrationData:
+    """What passes calibrate with: `given`, else what the recipe says."""
+    from .evaluated import positions
+
+    wanted = recipe.calibration if recipe is not None else None
+    if wanted is None:
+        return CalibrationData(source, arguments, given)
+    assert recipe is not None
+    if given is None and wanted.text is not None:
+        given = _folder(recipe) / wanted.text
+    most = positions(source.config) if "length" not in wanted.model_fields_set else None
+    length = min(wanted.length, most or wanted.length)
+    return CalibrationData(source, arguments, given, length=length, seed=wanted.seed)
+
+
+def _check_calibrated(recipe: Recipe | None, inputs: CalibrationData) -> None:
+    """Raise UsageError where the recipe says what to calibrate with, and no pass asked for it."""
+    if recipe is None or recipe.calibration is None or inputs.was_read:
+        return
+    where = f"{recipe.path}:{recipe.calibration_line}" if recipe.path is not None else "recipe"
+    raise UsageError(f"{where}: calibration has no effect: none of the passes needed data; remove the key")
 
 
 def _check_decided(module: ModuleOp) -> None:

@@ -129,6 +129,19 @@ class Rule(_Strict):
         return ordered | ({"seed": recipe.seed} if options.get("rounding") == "stochastic" else {})
 
 
+class Calibrate(_Strict):
+    """What passes that need data run the model on."""
+
+    text: Word | None = Field(
+        None,
+        description="file of a text, or of JSON lines with text or input_ids (.jsonl), from the recipe's folder; "
+        "without one a language model speaks from the seed, and any other model gets its example",
+    )
+    samples: Count = Field(128, ge=1, description="sequences that passes take where they do not say how many")
+    length: Count = Field(512, ge=2, description="tokens of a sequence")
+    seed: Count = Field(0, ge=0, description="seed of the choice of sequences")
+
+
 class Evaluate(_Strict):
     """How the result is judged after compiling."""
 
@@ -150,6 +163,7 @@ class Recipe(_Strict):
     passes: list[Annotated[Word, AfterValidator(_known_passes)]] = Field(
         default_factory=list, description="passes that run after the rules, as pipeline strings"
     )
+    calibration: Calibrate | None = Field(None, description="what passes that need data run the model on")
     evaluate: Evaluate | None = Field(None, description="how the result is judged")
     seed: Count = Field(0, ge=0, description="seed of stochastic rounding")
 
@@ -157,6 +171,8 @@ class Recipe(_Strict):
     def _has_effect(self) -> Self:
         if not (self.quantize or self.passes or self.evaluate):
             raise ValueError("it has no effect: give it quantize, passes or evaluate")
+        if self.calibration is not None and not self.passes:
+            raise ValueError("calibration has no effect: there are no passes, and rules need no data")
         narrow = [rule for rule in self.quantize if rule.keep is None]
         for name in ("scale_rule", "rounding"):
             if getattr(self, name) is not None and all(getattr(rule, name) is not None for rule in narrow):
@@ -204,6 +220,11 @@ class Recipe(_Strict):
     def path(self) -> Path | None:
         """The file it was read from."""
         return self._path
+
+    @property
+    def calibration_line(self) -> int | None:
+        """The line, from 1, of the key `calibration`; None where the recipe was given in Python."""
+        return self._lines.get(("calibration",))
 
     def line_of(self, rule: int) -> int | None:
         """The line, from 1, of a rule, from 0; None where the recipe was given in Python."""

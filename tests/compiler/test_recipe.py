@@ -132,7 +132,9 @@ def test_plain_values_and_back() -> None:
         ("version: 1\nevaluate: {text: t, contxt: 8}", 'unknown key "contxt" in evaluate (did you mean "context"?)'),
         ("version: 1\nevaluate: {text: t, limit: 0}", "evaluate, limit: "),
         ("version: 1\nsearch: {metric: fisher}", 'r.yaml:2: "search" is not available in this version'),
-        ("version: 1\ncalibration: {}", '"calibration" is not available in this version'),
+        ("version: 1\npasses: [calibrate]\ncalibration: {txt: t}", 'r.yaml:3: unknown key "txt" in calibration'),
+        ("version: 1\npasses: [calibrate]\ncalibration: {length: 1}", "r.yaml:3: calibration, length: "),
+        ("version: 1\nquantize: [{weights: mxfp4}]\ncalibration: {}", "calibration has no effect: there are no passes"),
         ("version: 1\ncost: {}", '"cost" is not available in this version'),
         ("quantize: []", '"version" is missing'),
         ("version: 2", "r.yaml:1: version: got 2; known: 1"),
@@ -233,7 +235,8 @@ def test_the_recipes_in_examples_are_right(file: Path) -> None:
 def test_the_schema_refuses_unknown_keys() -> None:
     schema = Recipe.model_json_schema()
     assert schema["additionalProperties"] is False
-    assert set(schema["properties"]) == {"version", "quantize", "scale_rule", "rounding", "passes", "evaluate", "seed"}
+    keys = {"version", "quantize", "scale_rule", "rounding", "passes", "calibration", "evaluate", "seed"}
+    assert set(schema["properties"]) == keys
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
 
 
