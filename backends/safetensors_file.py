@@ -102,6 +102,11 @@ class SafetensorsFile(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def release(self) -> None:
+        """Let the system have back the memory of what was read; tensors stay as they are, and are read again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def _mapped(self) -> mmap.mmap:
         """The file in memory; a private mapping, so that no tensor made from it can write to the file."""
         if self._map is None:

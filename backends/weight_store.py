@@ -242,6 +242,12 @@ class WeightStore(Mapping[str, "Tensor"]):
             self.discard(name)
             self._aliases[name] = self.canonical(target)
 
+    def release(self) -> None:
+        """Let the system have back the memory of what was read from files; it is read again when asked for."""
+        stored = (entry for entry in self._tensors.values() if isinstance(entry, _Stored))
+        for file in {id(entry.file): entry.file for entry in stored}.values():
+            file.release()
+
     def copy(self) -> WeightStore:
         """A store that may change on its own; the tensors are shared."""
         other = WeightStore()

@@ -49,7 +49,7 @@ class Sample:
         if leading[:1] != (batch,) or not places:
             raise MxloomError(
                 f"{what}: its rows {list(leading)} cannot be told to be tokens of {list(self.mask.shape)}, of which "
-                "some are padding; give sequences without padding, one by one, or padded on the right"
+                "some are padding; give sequences without padding, one by one"
             )
         shape = [1] * len(leading)
         shape[0], shape[places[0]] = batch, tokens
@@ -57,7 +57,7 @@ class Sample:
 
 
 def samples_of(arguments: Sequence[SSAValue], inputs: Iterable[Sequence[Tensor]]) -> list[Sample]:
-    """Every sequence of the inputs on its own, padding on its right cut off, where the module's sizes may change.
+    """Every sequence of the inputs on its own, without the padding around it, where the module's sizes may change.
 
     A batch whose size the module has fixed comes once for each of its sequences, the others being no data.
     Raises MxloomError for values that are NaN or infinite, and for an input without data.
@@ -109,14 +109,15 @@ def _data(arguments: Sequence[SSAValue], place: int, given: Sequence[Tensor]) ->
 
 
 def _cut(arguments: Sequence[SSAValue], given: Sequence[Tensor], data: Tensor) -> Sample:
-    """A sample without what lies behind the last token of data, where sizes may change."""
+    """A sample without what lies before the first and behind the last token of data, where sizes may change."""
     names = [argument.name_hint or "" for argument in arguments]
-    length = int(data.any(0).nonzero()[-1]) + 1
+    places = data.any(0).nonzero()
+    kept = slice(int(places[0]), int(places[-1]) + 1)
     along = [_is_along(name, tensor, data.shape[1]) for name, tensor in zip(names, given, strict=True)]
     free = [shape_of(argument)[1] == UNKNOWN for argument, is_cut in zip(arguments, along, strict=True) if is_cut]
-    if length < data.shape[1] and free and all(free):
-        given = [tensor[:, :length] if is_cut else tensor for tensor, is_cut in zip(given, along, strict=True)]
-        data = data[:, :length]
+    if kept.stop - kept.start < data.shape[1] and free and all(free):
+        given = [tensor[:, kept] if is_cut else tensor for tensor, is_cut in zip(given, along, strict=True)]
+        data = data[:, kept]
     return Sample(tuple(given), None if bool(data.all()) else data)
 
 

@@ -11,6 +11,7 @@ from xdsl.dialects.func import ReturnOp
 from xdsl.ir import SSAValue, TypeAttribute
 
 from ..backends.reference import Weights, body, results
+from ..backends.weight_store import WeightStore
 from ..dialects import formats
 from ..dialects.errors import MxloomError
 from ..dialects.operations._operation import Call, Operation
@@ -87,6 +88,8 @@ class Sweep:
 
     def _end_segment(self, sums: _Sums, done: Done) -> None:
         self._constants.clear()
+        if isinstance(self.weights, WeightStore):
+            self.weights.release()
         for (kind, key), found in sums.found.items():
             done(kind, key, found)
 
