@@ -84,6 +84,26 @@ class Surgeon:
         return back.T.contiguous()
 
 
+def retargeted(matrix: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """The weights whose outputs for the module's own inputs Y are nearest to W X: W (C + d) (H + d)^-1, [N, K] f32.
+
+    C = 2 X^T Y / n and H = 2 Y^T Y / n, [K, K]; d is `damping` times the mean of H's diagonal, and draws to W.
+    """
+    import torch
+
+    own, other = hessian.to(torch.float64), cross.to(torch.float64)
+    live = own.diagonal() > 0
+    kept = live.nonzero()[:, 0]
+    own, other = own[kept][:, kept], other[kept][:, kept]
+    ridge = damping * own.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
+    lower, failed = torch.linalg.cholesky_ex(own + ridge)
+    if int(failed):
+        raise MxloomError("its Hessian is singular: too few calibration samples; give more, or a larger damping")
+    found = matrix.to(torch.float64).clone()
+    found[:, kept] = torch.cholesky_solve((found[:, kept] @ (other + ridge)).T, lower).T
+    return found.to(torch.float32)
+
+
 def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
     """d H d^T of each row of a difference [N, K]: twice the mean square of what the row's output loses. [N] f64."""
     import torch

@@ -20,6 +20,11 @@ def reduced_axes(site: Site) -> tuple[int, ...]:
     return tuple(sorted(dim % rank for dim in cast(Contraction, site.operation).reduced()[site.operand]))
 
 
+def from_end(site: Site) -> tuple[int, ...]:
+    """The dimensions of a weight that its contraction sums over, counted from the end."""
+    return tuple(axis - len(site.shape) for axis in reduced_axes(site))
+
+
 def columns_of(site: Site, *, channels: bool = False) -> Tensor:
     """For each element of a weight its place along the sum, integers in the weight's shape.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..dialects.errors import MxloomError
 from ..dialects.formats import BlockType
 from ._block_errors import BlockError
-from ._columns import columns_of, hessian_of, reduced_axes
+from ._columns import columns_of, from_end, hessian_of
 from ._sites import Site
 
 if TYPE_CHECKING:
@@ -32,13 +32,9 @@ def error_of(site: Site, format: BlockType, metric: str, statistics: Statistics 
     assert statistics is not None
     if metric == "hessian":
         return BlockError(
-            format, hessian=hessian_of(site, statistics), columns=columns_of(site), reduced=_from_end(site)
+            format, hessian=hessian_of(site, statistics), columns=columns_of(site), reduced=from_end(site)
         )
     return BlockError(format, importance(site, metric, statistics))
-
-
-def _from_end(site: Site) -> tuple[int, ...]:
-    return tuple(axis - len(site.shape) for axis in reduced_axes(site))
 
 
 def importance(site: Site, metric: str, statistics: Statistics) -> Tensor:

@@ -11,6 +11,7 @@ from xdsl.ir import Attribute, SSAValue
 from ....dialects.contractions import transposed_format, transposed_tensor
 from ....dialects.errors import MxloomError
 from ....dialects.formats import Encoded, MixedType, Rounding, block_impact, encode_tensor, is_wide
+from ....dialects.formats._format import SEARCHED_RULES
 from ....dialects.integer import Point
 from ....dialects.operations._operation import Operation
 from ....dialects.operations._shapes import element_of, shape_of
@@ -203,6 +204,8 @@ def quantized(
     """A quantizer behind a flow; of mixed blocks, with the sensitivities of a row's numbers and their format."""
     if how.clip is not None or how.rounding == "stochastic":
         raise refusal(op, "clipped and stochastic rounding of computed values have no hardware")
+    if how.scale_rule in SEARCHED_RULES:
+        raise refusal(op, f"the scale rule {how.scale_rule} of computed values has no hardware: it tries several scales")
     if code.block_rows != 1:
         raise refusal(op, f"a computed value in {code.name}: its blocks take several rows, a quantizer sees one")
     if code.scale is not None and code.scale.mantissa_bits:
