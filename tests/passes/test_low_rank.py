@@ -172,7 +172,10 @@ def test_models_of_layers_in_either_layout(tmp_path: Path) -> None:
     torch.manual_seed(0)
     own = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2))
     own.save_pretrained(tmp_path / "own")
-    found = compile(tmp_path / "own", {"quantize": [RULE], "passes": ["low-rank{rank=4 order=before}"]})
+    ids = torch.arange(3, 10)[None]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    recipe = {"quantize": [RULE], "passes": ["low-rank{rank=4 order=before}"]}
+    found = compile(tmp_path / "own", recipe, calibration=[given])
     wte = "transformer.wte.weight"
     assert torch.equal(found.weights.wide(wte), own.transformer.wte.weight)
     taken = [found.weights.wide(f"{wte}.low_rank_{name}").double() for name in "ab"]
@@ -181,8 +184,6 @@ def test_models_of_layers_in_either_layout(tmp_path: Path) -> None:
         own.transformer.wte.weight.double() - taken[0] @ taken[1],
         atol=1e-6,
     )
-    ids = torch.arange(3, 10)[None]
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     again = load(save(found, tmp_path / "artefact"))
     assert torch.equal(again(**given).logits, found(**given).logits)
     with pytest.raises(MxloomError, match=r"low_rank_b is no module of"):
