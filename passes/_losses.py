@@ -14,7 +14,6 @@ from ..dialects.errors import MxloomError, UsageError
 from ..dialects.formats import is_wide
 from ..dialects.operations._shapes import shape_of
 from ..dialects.operations._values import torch_dtype
-from ..dialects.operations.attention import AttentionOp
 from ._samples import Sample
 
 if TYPE_CHECKING:
@@ -53,7 +52,8 @@ class Loss:
 def loss_of(module: ModuleOp, kind: str | None, task: str | None, seed: int = 0) -> Loss:
     """The loss of a module: `loss` for a causal language model, `kl` for any other, where `kind` does not say.
 
-    Raises UsageError for `loss` of a module that predicts no next token, MxloomError for one without a float output.
+    `task` is the model's where it is known; a module of tokens whose output is logits of each is taken for causal where
+    not. Raises UsageError for `loss` of a module without tokens or logits, MxloomError for one without a float output.
     """
     block = body(module)
     returned = block.last_op
@@ -71,20 +71,14 @@ def loss_of(module: ModuleOp, kind: str | None, task: str | None, seed: int = 0)
     rank = len(shape_of(returned.operands[output]))
     inputs = [argument.name_hint for argument in block.args]
     is_logits = "logits" in present
-    is_causal = is_logits and rank == 3 and "input_ids" in inputs and _predicts_next(module, task)
-    if kind == "loss" and not is_causal:
+    has_labels = is_logits and rank == 3 and "input_ids" in inputs
+    if kind == "loss" and not has_labels:
         raise UsageError(
             "fisher=loss needs labels, and only a causal language model finds them in its data: its input input_ids, "
             "its output logits [batch, tokens, vocabulary]; this module is none: take fisher=kl"
         )
-    chosen = kind or ("loss" if is_causal else "kl")
-    return Loss(chosen, output, is_logits, inputs.index("input_ids") if is_causal else None, seed)
-
-
-def _predicts_next(module: ModuleOp, task: str | None) -> bool:
-    if task is not None:
-        return task == "causal-lm"
-    return any(isinstance(op, AttentionOp) and op.causal is not None for op in module.walk())
+    chosen = kind or ("loss" if has_labels and task in (None, "causal-lm") else "kl")
+    return Loss(chosen, output, is_logits, inputs.index("input_ids") if has_labels else None, seed)
 
 
 def _is_float(type: object) -> bool:
