@@ -36,6 +36,10 @@ WIDE = ".wide"
 """What the values that an encoded parameter was made from are called: its name with this behind it."""
 
 
+UNDECIDED = "undecided"
+"""Marks a parameter of a mixed format whose scales a pass has chosen, but not yet which of its blocks are high."""
+
+
 def narrow_weights(module: ModuleOp) -> list[Site]:
     """The weights that have a format, one site for each value: several operations may read one."""
     found: dict[SSAValue, Site] = {}

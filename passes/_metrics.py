@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+
 from ..dialects.errors import MxloomError
 from ..dialects.formats import BlockType
 from ._block_errors import BlockError
 from ._columns import columns_of, from_end, hessian_of
 from ._sites import Site
+from ._statistics import Statistics, statistics_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ._statistics import Statistics
-
 METRICS: dict[str, tuple[str, ...]] = {
     "mse": (),
     "fisher": ("fisher",),
-    "kl": ("fisher_kl",),
+    "kl": ("fisher",),
     "output": ("ranges",),
     "hessian": ("hessian",),
 }
 """The metrics by name, each with the kinds of statistics that it is computed from."""
+
+
+def statistics_for(metric: str, ctx: Context, module: ModuleOp, name: str) -> Statistics | None:
+    """The statistics that a metric is computed from, collected where they are missing; None where it needs none."""
+    kinds = METRICS.get(metric, ())
+    if not kinds:
+        return None
+    return statistics_of(ctx, module, f"{name}{{metric={metric}}}", *kinds, fisher="kl" if metric == "kl" else None)
 
 
 def error_of(site: Site, format: BlockType, metric: str, statistics: Statistics | None) -> BlockError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from xdsl.context import Context
@@ -175,19 +175,22 @@ class Statistics:
         return found
 
 
-def statistics_of(ctx: Context, module: ModuleOp, pass_name: str, *kinds: str) -> Statistics:
+def statistics_of(ctx: Context, module: ModuleOp, pass_name: str, *kinds: str, fisher: str | None = None) -> Statistics:
     """Statistics of a module as it stands, of some kinds (`ranges`, `hessian`, `fisher`) at least.
 
-    Those that `ctx` holds where they will do, or new ones from `ctx.calibration`, which are kept there. Raises
-    UsageError, naming the pass, where there are no weights or nothing to calibrate with.
+    Those that `ctx` holds where they will do, or new ones from `ctx.calibration`, which are kept there. `fisher` says
+    of which loss the gradients are to be, `loss` or `kl`, where that matters. Raises UsageError, naming the pass, where
+    there are no weights or nothing to calibrate with.
     """
     for kind in kinds:
         one_of("kind", kind, KINDS)
     held = getattr(ctx, "statistics", None)
-    if isinstance(held, Statistics) and held.holds(module, kinds):
+    other_loss = fisher is not None and isinstance(held, Statistics) and held.settings.fisher != fisher
+    if isinstance(held, Statistics) and held.holds(module, kinds) and not other_loss:
         return held
     wanted = frozenset(kinds) | (held.kinds if isinstance(held, Statistics) else frozenset())
     settings = held.settings.of(wanted) if isinstance(held, Statistics) else Settings(wanted)
+    settings = settings if fisher is None else replace(settings, fisher=fisher)
     found = collect(ctx, module, pass_name, settings)
     assert found is not None
     return found

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp, NoneAttr
+from xdsl.dialects.builtin import ModuleOp, NoneAttr, UnitAttr
 from xdsl.passes import ModulePass
 
 from ..dialects.errors import UsageError
-from ..dialects.formats import BlockType, MixedType
+from ..dialects.formats import BlockType, Encoded, MixedType, Rounding
+from ..dialects.formats._builtin import numbers_of
 from ..dialects.formats._format import Given
 from ..dialects.instances import name_of
 from ._context import note, weights_of
-from ._given import narrow_weights, rounding_of, set_given, wide_weight
-from ._metrics import METRICS, error_of
+from ._given import UNDECIDED, narrow_weights, rounding_of, set_given, wide_weight
+from ._metrics import METRICS, error_of, statistics_for
 from ._scale_search import Chosen, search_scales
 from ._sites import Site
-from ._statistics import Statistics, statistics_of
+from ._statistics import Statistics
 from .quantize import matches, nearest
 
 if TYPE_CHECKING:
@@ -53,13 +54,14 @@ class Clip(ModulePass):
             raise UsageError(f"clip: unknown metric {self.metric!r}; known: {', '.join(METRICS)}")
         weights = weights_of(ctx, self.name)
         chosen = scaled_weights(op, self.match, self.name)
-        kinds = METRICS[self.metric]
-        statistics = statistics_of(ctx, op, f"{self.name}{{metric={self.metric}}}", *kinds) if kinds else None
+        statistics = statistics_for(self.metric, ctx, op, self.name)
         factors = shared_scales(chosen, weights) if self.shared else {}
         changed = blocks = 0
         for site in chosen:
             found = clipped(site, weights, self.metric, statistics, factors.get(site.group))
-            set_given(site, weights, found.encoded)
+            set_given(site, weights, all_low(site, found.encoded))
+            if isinstance(site.format, MixedType):
+                site.value.owner.attributes[UNDECIDED] = UnitAttr()  # pyright: ignore[reportAttributeAccessIssue]
             changed, blocks = changed + found.changed, blocks + found.errors.numel()
         note(ctx, f"clip{{metric={self.metric}}}: {changed} of {blocks} blocks in {len(chosen)} weights have another "
                   "scale than their rule's")  # fmt: skip
@@ -80,13 +82,29 @@ def clipped(
     site: Site, weights: WeightStore, metric: str, statistics: Statistics | None, over: Tensor | None = None
 ) -> Chosen:
     """A weight under the best scales. Raises UsageError where its values are gone or its format has none to choose."""
-    wide = wide_weight(site, weights)
-    format = cast(BlockType, site.format)
+    wide, how = wide_weight(site, weights), rounding_of(site)
+    format = cast("BlockType | MixedType", site.format)
+    if isinstance(format, MixedType):
+        how = format.roundings(replace(how, threshold=None))[0][1]
+        format = format.low_block
     error = error_of(site, format, metric, statistics)
     try:
-        return search_scales(wide, format, rounding_of(site), error, over)
+        return search_scales(wide, format, how, error, over)
     except UsageError as problem:
         raise UsageError(f"clip: {site.name} in {name_of(format)}: {problem}") from None
+
+
+def all_low(site: Site, encoded: Encoded) -> Encoded:
+    """The encoding of a weight; of one in a mixed format with every block low, until `mix` chooses."""
+    import torch
+
+    mixed = site.format
+    if not isinstance(mixed, MixedType):
+        return encoded
+    low = encoded.parts
+    high = numbers_of(mixed.high).encode(encoded.decode(), mixed.roundings(Rounding())[1][1], Given())
+    choice = torch.zeros(mixed.low_block.tiling(encoded.shape).grid, dtype=torch.uint8)
+    return Encoded.of(mixed, mixed.joined(low, high, choice))
 
 
 def shared_scales(sites: list[Site], weights: WeightStore) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from ._brain_surgeon import Surgeon, output_errors, retargeted
 from ._column_rounding import ColumnRounding, column_rounding
 from ._columns import columns_of, from_end, from_matrix, matrix
 from ._context import note, weights_of
-from ._given import given_encoding, rounding_of, set_given, wide_weight
+from ._given import UNDECIDED, given_encoding, rounding_of, set_given, wide_weight
 from ._lockstep import Lockstep, Moments
 from ._scale_search import search_scales
 from ._sites import Site
@@ -146,6 +146,8 @@ class _Work:
 
     def _rounding(self, site: Site, target: Tensor, hessian: Tensor) -> ColumnRounding:
         options, how = self.options, rounding_of(site)
+        if UNDECIDED in getattr(site.value.owner, "attributes", ()):
+            raise UsageError("its blocks have no format yet: run `mix` before")
         given = given_encoding(site, self.weights)
         if options.search != "none" and isinstance(site.format, BlockType):
             given = self._searched(site, target, hessian)

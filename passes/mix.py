@@ -15,14 +15,16 @@ from ..dialects.errors import UsageError, did_you_mean
 from ..dialects.formats import Encoded, MixedType, Rounding
 from ..dialects.formats._builtin import numbers_of
 from ..dialects.formats._format import Given
+from ..dialects.operations.cast import CastOp
+from ..dialects.operations.parameter import ParameterOp
 from ._context import note, weights_of
-from ._given import given_encoding, narrow_weights, rounding_of, set_given, wide_weight
+from ._given import UNDECIDED, given_encoding, narrow_weights, rounding_of, set_given, wide_weight
 from ._impacts import Thresholds, activation_thresholds
-from ._metrics import METRICS, error_of, importance
+from ._metrics import error_of, importance, statistics_for
 from ._quantile import StreamingQuantile
 from ._scale_search import search_scales
 from ._sites import Site, sites
-from ._statistics import Statistics, statistics_of
+from ._statistics import Statistics
 from .quantize import matches
 
 if TYPE_CHECKING:
@@ -68,8 +70,7 @@ class Mix(ModulePass):
                 f"mix: {self.match!r} matches no operand of a mixed format: give one to `quantize` before, "
                 "such as weights=fgmp"
             )
-        kinds = METRICS.get(self.metric, ())
-        statistics = statistics_of(ctx, op, f"{self.name}{{metric={self.metric}}}", *kinds) if kinds else None
+        statistics = statistics_for(self.metric, ctx, op, self.name)
         values = {site.value for site in mixed}
         own = [s for s in narrow_weights(op) if s.value in values]
         if own:
@@ -116,6 +117,8 @@ class Mix(ModulePass):
     def _low_scales(self, site: Site, weights: WeightStore, statistics: Statistics | None) -> Given:
         """The scales of the low format."""
         given, mixed = given_encoding(site, weights), cast(MixedType, site.format)
+        if given is not None and bool((given.choice != 0).any()):
+            given = None  # blocks that are high already have no low scales: all are chosen anew
         if given is None and self.clip:
             metric = "mse" if self.metric == "random" else self.metric
             error = error_of(site, mixed.low_block, metric, statistics)
@@ -149,6 +152,7 @@ class Mix(ModulePass):
             wide_weight(site, weights), _undecided(rounding_of(site)), Given(**parts, choice=choice, symmetric=True)
         )
         set_given(site, weights, Encoded.of(mixed, found))
+        site.value.owner.attributes.pop(UNDECIDED, None)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _undecided(how: Rounding) -> Rounding:
@@ -161,11 +165,12 @@ def _low(mixed: MixedType, how: Rounding) -> Rounding:
 
 def undecided(module: ModuleOp) -> list[str]:
     """The mixed operands for whose blocks nothing says which format they have."""
-    from ..dialects.operations.cast import CastOp
-
     found: dict[str, None] = {}
     for site in sites(module):
         owner = None if site.is_probabilities else site.value.owner
-        if isinstance(site.format, MixedType) and isinstance(owner, CastOp) and owner.threshold is None:
+        if not isinstance(site.format, MixedType):
+            continue
+        by_cast = isinstance(owner, CastOp) and owner.threshold is None
+        if by_cast or (isinstance(owner, ParameterOp) and UNDECIDED in owner.attributes):
             found[site.name] = None
     return list(found)
