@@ -12,7 +12,6 @@ from xdsl.dialects.builtin import FloatAttr, ModuleOp, StringAttr, TensorType, f
 from xdsl.ir import SSAValue
 from xdsl.rewriter import InsertPoint, Rewriter
 
-from ..backends.reference import body
 from ..dialects.errors import UsageError
 from ..dialects.formats import MixedType, block_impact
 from ..dialects.operations._operation import Operation
@@ -21,22 +20,19 @@ from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
 from ._bare import bare
 from ._columns import matrix
-from ._context import calibration_of, weights_of
+from ._context import weights_of
 from ._given import parameter_under, wide_weight
 from ._observed import plan_of
 from ._quantile import StreamingQuantile
-from ._samples import Sample, samples_of
+from ._samples import Sample
 from ._sites import Site, root, sites_of
-from ._statistics import Statistics
+from ._statistics import Statistics, sequences_of
 from ._sweep import Sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..backends.weight_store import WeightStore
-
-SAMPLES = 8
-"""Calibration inputs whose blocks are counted: each has thousands."""
 
 NEVER = 1e30
 """The sensitivity of a channel whose blocks are high whatever they hold."""
@@ -63,8 +59,7 @@ def activation_thresholds(
     casts = _casts(chosen)
     for cast_op, site in casts.items():
         _give_sensitivity(cast_op, site, weights, _sensitivity(site, how, weights, statistics))
-    inputs = calibration_of(ctx, "mix", SAMPLES)
-    samples = samples_of(body(module).args, inputs)[:SAMPLES]
+    samples = sequences_of(ctx, module, "mix")
     every, alone = _observed(module, weights, samples, casts)
     common = every.at(how.share)
     for cast_op in casts:
