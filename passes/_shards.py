@@ -220,7 +220,10 @@ def _reduced(found: Any, wanted: Fingerprint | None) -> Any:
     try:
         kinds = wanted["settings"]["kinds"] if wanted is not None else []
         if set(kinds) <= set(found["settings"]["kinds"]):
-            return found | {"settings": found["settings"] | {"kinds": kinds}}
+            settings = found["settings"] | {"kinds": kinds}
+            if "fisher" not in kinds:
+                settings = {name: value for name, value in settings.items() if name != "seed"} | {"fisher": None}
+            return found | {"settings": settings}
     except (KeyError, TypeError):
         pass
     return found

@@ -19,8 +19,8 @@ LIMIT = 64 << 20
 class Shelf:
     """Values by any key. Tensors that no longer fit into `limit` bytes lie in files of a temporary folder."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self.limit = limit
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = LIMIT if limit is None else limit
         self._held: dict[Any, Any] = {}
         self._files: dict[Any, tuple[Path, Dtype, tuple[int, ...]]] = {}
         self._bytes = 0
