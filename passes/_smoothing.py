@@ -30,13 +30,16 @@ from .quantize import matches, nearest
 
 @dataclass
 class Group:
-    """Contractions that read one value, or values that are scaled together; `reason` says why a fold is not found."""
+    """Contractions that read one value, or values that are scaled together.
+
+    `reason` says why the inverse of a scale cannot be folded; `fold` is then the weights alone, and None where these
+    cannot take a scale either. `share` is of the module's MACs.
+    """
 
     sites: list[Site]
-    fold: Fold
-    reason: str | None
-    share: float
-    """Of the module's MACs."""
+    fold: Fold | None = None
+    reason: str | None = None
+    share: float = 0.0
 
     @property
     def name(self) -> str:
@@ -56,30 +59,39 @@ def groups_of(module: ModuleOp, match: str = "*") -> list[Group]:
 
     UsageError where the pattern matches nothing.
     """
+    found = _found(module)
     shares = mac_shares(module)
-    found, seen = list[Group](), set[Operation]()
-    refused = dict[tuple[SSAValue, int], Group]()
-    activations = [site for site in sites(module) if site.role == "activation"]
-    order = {site.operation: place for place, site in enumerate(activations)}
-    for site in activations:
-        key = root(site.value), channel_dim(site)
-        if site.operation in seen:
-            continue
-        if key in refused:
-            refused[key].sites.append(site)
-            refused[key].fold = without_fold(refused[key].sites)
-            refused[key].share += shares[site.operation]
-            continue
-        try:
-            group = Group([site], find_fold(site), None, 0.0)
-            group.sites = sorted((site for site, _ in group.fold.inputs), key=lambda site: order[site.operation])
-        except UnfollowedError as error:
-            group = refused[key] = Group([site], without_fold([site]), str(error), 0.0)
-        group.share = sum(shares[each.operation] for each in group.sites)
-        seen.update(each.operation for each in group.sites)
-        found.append(group)
+    for group in found:
+        group.share = sum(shares[site.operation] for site in group.sites)
+        if group.reason is not None:
+            try:
+                group.fold = without_fold(group.sites)
+            except UnfollowedError as error:
+                group.reason = str(error)
     _require_matches(module, found, match)
     return [group for group in found if any(matches(match, site.module) for site in group.sites)]
+
+
+def _found(module: ModuleOp) -> list[Group]:
+    activations = [site for site in sites(module) if site.role == "activation"]
+    order = {site.operation: place for place, site in enumerate(activations)}
+    found, seen = list[Group](), set[Operation]()
+    refused = dict[tuple[SSAValue, int], Group]()
+    for site in activations:
+        key = root(site.value), channel_dim(site)
+        if key in refused:
+            refused[key].sites.append(site)
+        elif site.operation not in seen:
+            group = Group([site])
+            try:
+                group.fold = find_fold(site)
+                group.sites = sorted((each for each, _ in group.fold.inputs), key=lambda each: order[each.operation])
+            except UnfollowedError as error:
+                group.reason = str(error)
+                refused[key] = group
+            seen.update(each.operation for each in group.sites)
+            found.append(group)
+    return found
 
 
 def _require_matches(module: ModuleOp, found: Sequence[Group], match: str) -> None:
@@ -98,7 +110,7 @@ def mac_shares(module: ModuleOp) -> dict[Operation, float]:
     return {op: count / total for op, count in macs.items()}
 
 
-def require_some(name: str, chosen: Sequence[Group], left: Sequence[tuple[Group, str]]) -> None:
+def require_some(name: str, chosen: Sequence[object], left: Sequence[tuple[Group, str]]) -> None:
     """UsageError that lists why a pass would leave every group as it is."""
     if not chosen:
         listed = "\n".join(f"  {group}: {reason}" for group, reason in left)
@@ -109,6 +121,7 @@ def scale_at_run_time(group: Group, scale: np.ndarray, parameters: Parameters) -
     """Divide what the group reads when the model runs, before it is rounded; the weights take the scale."""
     import torch
 
+    assert group.fold is not None
     parameters.apply(group.fold, scale)
     first = group.sites[0]
     read, shape = root(first.value), [1] * len(first.shape)
