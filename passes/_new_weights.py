@@ -20,7 +20,7 @@ from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import EmbeddingOp
 from ..dialects.operations.parameter import ParameterOp
 from ._given import erase_unused
-from ._sites import operand_names, root
+from ._sites import module_name, operand_names, root
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,6 +183,17 @@ def plain_weight(operation: Operation, operand: str) -> ParameterOp | None:
     value = getattr(operation, operand)
     owner = root(value).owner if isinstance(value, SSAValue) else None
     return owner if isinstance(owner, ParameterOp) and is_wide(element_of(owner.result)) else None
+
+
+def check_undecided(operation: Operation, operand: str, pass_name: str) -> None:
+    """UsageError where a weight is codes already, which nobody can give other values."""
+    value = getattr(operation, operand)
+    owner = root(value).owner
+    if isinstance(owner, ParameterOp) and not is_wide(element_of(owner.result)):
+        raise UsageError(
+            f"{pass_name}: the codes of the weight of {module_name(operation)} are decided already. It changes "
+            "weights, and stands before passes that choose scales or codes; it works on models, not on artefacts"
+        )
 
 
 def recast(value: SSAValue, base: SSAValue) -> SSAValue:

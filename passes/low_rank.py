@@ -22,7 +22,7 @@ from ..dialects.operations.contraction import LinearOp
 from ..dialects.operations.pointwise import AddOp
 from ._context import note, weights_of
 from ._given import laid_out, parameter_under, wide_weight
-from ._new_weights import NewWeights, free_name, parameter, plain_weight
+from ._new_weights import NewWeights, check_undecided, free_name, parameter, plain_weight
 from ._sites import Site, module_name, root, sites_of
 from ._statistics import Statistics, forget, statistics_of
 from .quantize import matches, nearest
@@ -87,8 +87,10 @@ class LowRank(ModulePass):
         site = next((site for site in sites_of(layer) if site.role == "weight"), None)
         if site is None or is_wide(site.format):
             return "has a weight in no narrow format: low-rank stands behind the rules that give formats"
-        if self.order == "before" and plain_weight(layer, "weight") is None:
-            return "has a weight that is computed, or whose codes are decided, and order=before gives it other values"
+        if self.order == "before":
+            check_undecided(layer, "weight", f"{self.name}{{order=before}}")
+            if plain_weight(layer, "weight") is None:
+                return "has a weight that the model computes from others"
         wide, rounded = _matrix(layer, wide_weight(site, weights)), _matrix(layer, laid_out(site.value, weights))
         if min(wide.shape) <= self.rank:
             return f"has {wide.shape[1]} inputs and {wide.shape[0]} outputs, and a rank of {self.rank} is no less"

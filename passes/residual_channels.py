@@ -29,7 +29,7 @@ from ..dialects.operations.movement import SliceOp
 from ..dialects.operations.opaque import AtenOp
 from ..dialects.operations.pointwise import AddOp, SubOp
 from ._context import note, weights_of
-from ._new_weights import NewWeights, free_name, parameter, plain_weight, recast, set_operand
+from ._new_weights import NewWeights, check_undecided, free_name, parameter, plain_weight, recast, set_operand
 from ._sites import Site, module_name, root, sites_of
 from ._statistics import Statistics, forget, statistics_of
 from .quantize import matches, nearest
@@ -72,6 +72,8 @@ class ResidualChannels(ModulePass):
         if not matched:
             near = nearest(self.match, [module_name(layer) for layer in layers])
             raise UsageError(f"residual-channels: {self.match!r} matches 0 of {len(layers)} linear layers{near}")
+        for layer in matched:
+            check_undecided(layer, "weight", self.name)
         reasons = {module_name(layer): reason for layer in matched if (reason := _why_not(layer))}
         chosen = [layer for layer in matched if module_name(layer) not in reasons]
         if not chosen:
@@ -212,7 +214,7 @@ def _why_not(layer: LinearOp) -> str:
     if layer.input is root(layer.input) or not is_wide(element_of(root(layer.input))):
         return "reads an input whose wide values are not there"
     if plain_weight(layer, "weight") is None:
-        return "has a weight that is computed in the model, or whose codes are decided"
+        return "has a weight that the model computes from others"
     return "" if layer.window is None else "sums into a window"
 
 

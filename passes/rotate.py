@@ -17,11 +17,12 @@ from ..dialects.hadamard import factor, sizes
 from ..dialects.operations._shapes import UNKNOWN, element_of, shape_of
 from ..dialects.operations._values import hint_of, path_of
 from ..dialects.operations.attention import AttentionOp
+from ..dialects.operations.cast import CastOp
 from ..dialects.operations.contraction import Contraction, LinearOp
 from ..dialects.operations.hadamard import SHOWN, HadamardOp
 from ._context import note, weights_of
 from ._heads import values_behind
-from ._new_weights import NewWeights, Rotation, plain_weight, recast, set_operand
+from ._new_weights import NewWeights, Rotation, check_undecided, plain_weight, recast, set_operand
 from ._sites import module_name, operand_names, root, sites_of
 from ._statistics import forget
 from ._streams import rotate_outputs, rotate_stream, streams
@@ -100,6 +101,8 @@ class Rotate(ModulePass):
         if not matched:
             names = [sums.name for sums in every]
             raise UsageError(f"rotate: {self.match!r} matches 0 of {len(names)} modules{nearest(self.match, names)}")
+        for sums in matched:
+            sums.check_order()
         left = {sums.name: reason for sums in matched if (reason := sums.why_not())}
         chosen = [sums for sums in matched if sums.name not in left]
         if not chosen:
@@ -188,14 +191,29 @@ class _Sums:
     def kind(self) -> str:
         return self.operation.name.removeprefix("mx.")
 
+    def check_order(self) -> None:
+        """UsageError where a pass has run that rotations would undo: codes are decided, or residuals are made."""
+        if self.weight is not None:
+            check_undecided(self.operation, self.weight[0], "rotate")
+        for operand in self.activations:
+            value = getattr(self.operation, operand)
+            while isinstance(value.owner, CastOp):
+                other = next(
+                    (u.operation for u in value.uses if not isinstance(u.operation, CastOp | Contraction)), None
+                )
+                if other is not None:
+                    raise UsageError(
+                        f"rotate: {self.name} reads what {other.name} reads rounded too, as a residual does: "
+                        "rotate stands before residual-channels"
+                    )
+                value = value.owner.input
+
     def why_not(self) -> str:
         """Why its operands cannot be rotated; empty where they can."""
         if ROTATED in self.operation.attributes:
             return "was rotated by an earlier rotate"
         if self.weight is not None and plain_weight(self.operation, self.weight[0]) is None:
-            return (
-                "has a weight that is computed in the model, or in a format already: rotate stands before such passes"
-            )
+            return "has a weight that the model computes from others"
         narrow = next((n for n in self.activations if not is_wide(element_of(root(getattr(self.operation, n))))), None)
         return f"reads its {narrow} in a format that no cast makes" if narrow else ""
 
@@ -209,12 +227,14 @@ class _Online:
 
     def rotate(self, operation: Operation, operand: str, along: int, size: int) -> None:
         """Let an operation read an operand rotated, under the casts that stand over it."""
-        place = operand_names(operation).index(operand)
-        value = operation.operands[place]
-        key = (root(value), along, size)
-        if key not in self.made:
-            self.made[key] = self._rotated(*key)
-        set_operand(operation, place, recast(value, self.made[key]))
+        for place, name in enumerate(operand_names(operation)):
+            if name not in (operand, f"wide_{operand}"):  # a cache's newest positions are those of the same value
+                continue
+            value = operation.operands[place]
+            key = (root(value), along, size)
+            if key not in self.made:
+                self.made[key] = self._rotated(*key)
+            set_operand(operation, place, recast(value, self.made[key]))
 
     def _rotated(self, value: SSAValue, along: int, size: int) -> SSAValue:
         numbers = {"size": size, "dim": None if along == -1 else along, "seed": self.seed}

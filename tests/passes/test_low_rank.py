@@ -159,7 +159,7 @@ def test_codes_that_a_pass_decided() -> None:
     error = weight_of(net).double() - worse.decode().double()
     left = (error - a @ b).square().sum()
     assert torch.isclose(left, torch.linalg.svdvals(error).square()[RANK:].sum(), rtol=1e-3)
-    with pytest.raises(UsageError, match="whose codes are decided"):
+    with pytest.raises(UsageError, match=r"low-rank\{order=before\}: the codes of the weight of 0 are decided"):
         LowRank(rank=RANK, scaled=False, order="before").apply(context, own.module)
 
 

@@ -189,6 +189,9 @@ def test_no_format_no_data() -> None:
         compile(
             model(), {"quantize": [{"weights": "mxfp4"}], "passes": ["residual-channels"]}, example={"input": data()}
         )
+    with pytest.raises(UsageError, match="residual-channels: the codes of the weight of 0 are decided already"):
+        rule = {"weights": "mxfp4", "activations": "mxfp4"}
+        compile(model(), {"quantize": [rule], "passes": ["clip", "residual-channels"]}, example={"input": data()})
     own = compile(model(), {"quantize": [{"activations": "mxfp4"}]}, example={"input": data()})
     with pytest.raises(UsageError, match="residual-channels"):
         ResidualChannels().apply(CompileContext(weights=own.weights), own.module)

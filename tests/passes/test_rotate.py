@@ -360,11 +360,18 @@ def test_a_second_rotation_of_the_same_layers_is_refused() -> None:
         rotated("llama", Rotate(size=16, fuse=True), Rotate(size=16, fuse=True, match="*q_proj"))
 
 
-def test_packed_weights_are_refused(tmp_path: Path) -> None:
+def test_passes_that_stand_before_it_are_told() -> None:
+    """Codes are decided (packed, or by `clip`, if only of some layers), or residuals are made of what is rounded."""
     own = compiled("llama")
     module, weights = own.packed()
-    with pytest.raises(UsageError, match="in a format already"):
+    with pytest.raises(UsageError, match=r"rotate: the codes of the weight of .*q_proj are decided already"):
         Rotate(size=16).apply(CompileContext(weights=weights), module)
+    rules = [{"match": "*mlp*", "weights": "nvfp4", "activations": "nvfp4"}]
+    with pytest.raises(UsageError, match=r"rotate: the codes of the weight of model\.layers\.0\.mlp\.\w+ are decided"):
+        compile(model("llama"), {"quantize": rules, "passes": ["clip", "rotate{size=16}"]})
+    passes = ["residual-channels{top=16}", "rotate{size=16}"]
+    with pytest.raises(UsageError, match="rotate stands before residual-channels"):
+        compile(model("llama"), {"quantize": rules, "passes": passes}, calibration=[example("llama")])
 
 
 def test_hardware_refuses_by_name() -> None:
