@@ -156,7 +156,8 @@ class Region:
             raise UnfollowedError(f"no channel of {value.name_hint} is its own")
         makers, readers = list(self.makers.values()), list(self.readers.values())
         ends = {place.operation for place in (*makers, *readers)}
-        crossed = [operation for operation in self._met if operation not in ends]
+        between = (operation for operation in self._met if operation not in ends)
+        crossed = [operation for operation in between if any(result in self._labels for result in operation.results)]
         return Fold(self.channels, makers, readers, self._inputs(readers), crossed)
 
     def read_alone(self, sites: Iterable[Site], labels: Labels) -> Fold:
