@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends.reference import Weights, body
+from ..backends.weight_store import WeightStore
 from ..dialects import formats
 from ..dialects.errors import MxloomError
 from ..dialects.operations._shapes import element_of
@@ -166,6 +167,8 @@ def fingerprint_of(plan: Plan, weights: Weights, settings: dict[str, Any]) -> Fi
     for op in body(plan.module).ops:
         if isinstance(op, ParameterOp):
             _digest_parameter(digest, op, weights)
+            if isinstance(weights, WeightStore):
+                weights.release()
     return {
         "form": FORM,
         "versions": {name: _version(name) for name in ("mxloom", "torch")},

@@ -88,10 +88,14 @@ class Sweep:
 
     def _end_segment(self, sums: _Sums, done: Done) -> None:
         self._constants.clear()
-        if isinstance(self.weights, WeightStore):
-            self.weights.release()
+        self._release()
         for (kind, key), found in sums.found.items():
             done(kind, key, found)
+
+    def _release(self) -> None:
+        """Files need not lie in memory beside what was made of them."""
+        if isinstance(self.weights, WeightStore):
+            self.weights.release()
 
     def _put_inputs(self, shelf: Shelf, number: int, sample: Sample) -> None:
         if len(sample.inputs) != len(self.block.args):
@@ -189,7 +193,9 @@ class Sweep:
         owner = value.owner
         assert isinstance(owner, Operation), value
         if isinstance(owner, ParameterOp):
-            return parameter_values(owner, self.weights)
+            values = parameter_values(owner, self.weights)
+            self._release()
+            return values
         with torch.no_grad():
             found = self._run(owner, {})
         self._constants |= zip(owner.results, found, strict=True)
