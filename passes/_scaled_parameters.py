@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from xdsl.dialects.builtin import ModuleOp, StringAttr, TensorType
+from xdsl.dialects.builtin import ModuleOp, StringAttr, TensorType, f32
 from xdsl.ir import Operation, SSAValue
 from xdsl.rewriter import InsertPoint, Rewriter
 
+from ..dialects.formats import is_wide
 from ..dialects.operations._origin import is_weight
 from ..dialects.operations._shapes import element_of
 from ..dialects.operations._values import hint_of
@@ -71,10 +72,14 @@ class Parameters:
         self._read(use, made.result)
 
     def make(self, source: str, word: str, values: Tensor, after: Operation) -> ParameterOp:
-        """A new parameter, named after the known weight `source`, right behind the operation `after`."""
+        """A new parameter, named after the known weight `source`, right behind the operation `after`, and wide as that.
+
+        f32 where that is narrow.
+        """
         name = self._free_name(source, word)
         self.weights.put(name, values)
         like = element_of(after.results[0])
+        like = like if is_wide(like) else f32
         made = ParameterOp.build(
             result_types=[TensorType(like, list(values.shape))], properties={"source": StringAttr(name)}
         )
