@@ -14,13 +14,15 @@ DEMO := OMP_WAIT_POLICY=passive $(BIN)/python
 TEXT ?=
 MARKDOWN ?=
 
-.PHONY: help install demo demo-hardware demo-smollm2 test test-all check bench docs clean
+.PHONY: help install demo demo-hardware demo-smollm2 reproduce-fgmp reproduce-ptq test test-all check bench docs clean
 
 help:
 	@echo "install       the package and all that development needs, into .venv"
 	@echo "demo          compile the embedded model to seven formats and print one table"
 	@echo "demo-hardware one layer of it as hardware in four formats: simulated, compared, costed"
 	@echo "demo-smollm2  the same for SmolLM2-135M-Instruct (TEXT=file, MARKDOWN=file)"
+	@echo "reproduce-fgmp  the claims of FGMP beside what is measured (TEXT=file for SmolLM2-135M too)"
+	@echo "reproduce-ptq   weight passes in five 4-bit formats beside rounding to nearest (TEXT=file)"
 	@echo "test          the fast tests"
 	@echo "test-all      every test"
 	@echo "check         format, lint, types, floors, fast tests: before every commit"
@@ -38,6 +40,12 @@ demo-hardware: .venv/.dev
 
 demo-smollm2: .venv/.core .venv/.models
 	$(DEMO) examples/demo_smollm2.py $(if $(TEXT),--text "$(TEXT)") $(if $(MARKDOWN),--markdown "$(MARKDOWN)")
+
+reproduce-fgmp: .venv/.core .venv/.models
+	$(DEMO) benchmarks/fgmp_table.py $(if $(TEXT),"$(TEXT)") --reproduce
+
+reproduce-ptq: .venv/.core .venv/.models
+	$(DEMO) benchmarks/ptq_table.py $(if $(TEXT),"$(TEXT)") --reproduce
 
 test: .venv/.dev
 	$(PYTEST) -m "not slow and not nightly"

@@ -36,6 +36,7 @@ def methods(format: str) -> dict[str, list[str]]:
         "AWQ": ["awq"],
         "SmoothQuant": ["smooth"],
         "block rotation": [f"rotate{{size={BLOCKS[format]}}}"],
+        "full-width rotation": ["rotate{size=full}"],
         "GPTQ + scale search": [scale, "gptq{search=hessian}"],
         "rotation + GPTQ + scale search": [
             f"rotate{{size={BLOCKS[format]}}}",
@@ -52,12 +53,15 @@ def main() -> None:
     arguments.add_argument("--windows", type=int, default=4)
     arguments.add_argument("--calibration", type=int, default=16)
     arguments.add_argument("--write", type=Path)
+    arguments.add_argument("--reproduce", action="store_true", help="print claims beside what was measured")
     options = arguments.parse_args()
     torch.set_num_threads(1)
     models = [embedded(options.calibration)]
     models += [smollm2(options.text, options.calibration)] if options.text else []
     for model in models:
-        rows = list(_rows(model, options.windows, options.only))
+        rows = _rows(model, options.windows, options.only)
+        if options.reproduce and rows:
+            print("\n" + table(["claim", "claimed", "measured", "verdict"], claims(rows)))
         if options.write and rows:
             write_section(options.write, f"Weight passes: {model.name}", _text(model, rows, options))
 
@@ -71,9 +75,9 @@ def _rows(model: Measured, windows: int, only: str) -> list[list[str]]:
         for method, passes in methods(format).items():
             if not re.search(only, f"{model.name} {format} {method}"):
                 continue
-            start = time.process_time()
+            before = time.process_time()
             compiled = mxloom.compile(model.source, recipe(format, format, passes), calibration=model.calibration)
-            seconds = time.process_time() - start
+            seconds = time.process_time() - before
             figures = model.evaluate(compiled, windows)
             divergence = figures.against.kl_mean
             nearest = divergence if method == "round to nearest" else nearest
@@ -90,6 +94,27 @@ def _rows(model: Measured, windows: int, only: str) -> list[list[str]]:
             found.append(row)
             print("| " + " | ".join(row) + " |", flush=True)
     return found[1:] and found
+
+
+def claims(rows: list[list[str]]) -> list[list[str]]:
+    """What is said of the methods, what was measured, and whether it holds; rows that were left out are not judged."""
+    at = {(row[0], row[1]): float(row[4]) for row in rows[1:]}
+    found: list[list[str]] = []
+    for format in FORMATS:
+        nearest = at.get((format, "round to nearest"))
+        for method, limit, claimed in (
+            ("GPTQ", 0.0, "lower KL than rounding"),
+            ("GPTQ + scale search", -0.25, "25 % less KL than rounding"),
+            ("block rotation", 0.0, "helps, or changes nothing"),
+            ("full-width rotation", None, "helps integers, hurts MXFP4 and NVFP4"),
+        ):
+            own = at.get((format, method))
+            if nearest is None or own is None:
+                continue
+            change = own / nearest - 1
+            holds = change <= limit if limit is not None else (change < 0) == format.startswith("int")
+            found.append([f"{format}: {method}", claimed, f"{change:+.0%}", "holds" if holds else "does not hold"])
+    return found
 
 
 def _text(model: Measured, rows: list[list[str]], options: argparse.Namespace) -> str:

@@ -116,6 +116,9 @@ def quoted(value: str | bool | int | float) -> str:
     """A value as a pipeline string spells it: a word stands bare, other text in quotes with `"` and `\\` escaped."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, float):  # a pipeline reads an exponent behind a point only: 1.0e-05, not 1e-05
+        mantissa, letter, exponent = repr(value).partition("e")
+        return f"{mantissa}{'.0' if letter and '.' not in mantissa else ''}{letter}{exponent}"
     if not isinstance(value, str):
         return str(value)
     if value.isidentifier() and value.isascii() and value not in ("true", "false"):

@@ -298,3 +298,11 @@ def test_a_recipe_s_scale_rule_leaves_formats_with_float_scales_alone() -> None:
 def test_a_recipe_s_scale_rule_that_no_format_takes_is_refused() -> None:
     with pytest.raises(UsageError, match="scale_rule has no effect: no format in quantize has power-of-two scales"):
         Recipe.from_dict({"quantize": [{"weights": "nvfp4"}], "scale_rule": "floor"})
+
+
+@pytest.mark.parametrize("threshold", [1e-5, 1e-7, 2.5e-9, 0.25, 1.0, 1e20, 3e-38])
+def test_numbers_of_any_size_reach_the_pass(threshold: float) -> None:
+    """Python writes 1e-05, a pipeline reads an exponent behind a point only."""
+    rule = {"weights": "fgmp", "weight_threshold": threshold}
+    (step,) = parse_passes(Recipe.from_dict({"quantize": [rule]}).pipeline())
+    assert step.weight_threshold == threshold
