@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,22 @@ class Settings:
         whole_number("seed", self.seed, 0)
         whole_number("shard", self.shard, 1)
 
-    def of(self, kinds: frozenset[str]) -> Settings:
-        """The same with other kinds."""
-        return replace(self, kinds=kinds)
-
     def to_json(self, loss: Loss | None) -> dict[str, Any]:
         """As a fingerprint states them; the loss and its seed where there is one."""
         own = asdict(self) | {"kinds": sorted(self.kinds), "fisher": None if loss is None else loss.kind}
         if loss is None or loss.kind == "loss":
             del own["seed"]
         return own
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The sums of a module and what its sites ask of them; `is_partial` where shards are missing yet."""
+
+    shards: Shards
+    asked: dict[tuple[Operation, str], Asked]
+    loss: str | None
+    is_partial: bool
 
 
 def collected(
@@ -76,11 +82,11 @@ def collected(
     task: str | None = None,
     save: str | None = None,
     only: Sequence[int] = (),
-) -> tuple[Shards | None, dict[tuple[Operation, str], Asked]]:
-    """The sums of a module over samples, in the folder `save` where one is given, and what each of its sites asks for.
+) -> Collection:
+    """The sums of a module over samples, in the folder `save` where one is given.
 
-    With `only`, no other shards are computed, and None is answered where one of the others is not there. Raises
-    MxloomError for shards in `save` that were computed from something else, and for values or gradients that are NaN.
+    With `only`, no other shards are computed. Raises MxloomError for shards in `save` that were computed from something
+    else, and for values or gradients that are NaN or infinite.
     """
     run, twins = bare(module, weights) if settings.numerics == "float" else (module, {op: op for op in module.walk()})
     plan = plan_of(run)
@@ -97,7 +103,7 @@ def collected(
     _collect(shards, Sweep(plan, weights, settings.kinds, loss), parts, settings.shard, prints, only)
     names = plan.operands
     asked = {(one, name): plan.asked[other, name] for one, other in twins.items() for name in names.get(other, ())}
-    return (None if len(shards.numbers) < len(parts) else shards), asked
+    return Collection(shards, asked, None if loss is None else loss.kind, len(shards.numbers) < len(parts))
 
 
 def _collect(

@@ -105,6 +105,12 @@ class Asked:
     products: list[str] = field(default_factory=list)
     gradients: str | None = None
 
+    def of(self, kind: str) -> list[str]:
+        """The keys of one kind of statistics."""
+        if kind == "fisher":
+            return [self.gradients] if self.gradients is not None else []
+        return self.values if kind == "ranges" else self.products
+
 
 @dataclass
 class Plan:

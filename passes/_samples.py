@@ -65,7 +65,7 @@ def samples_of(arguments: Sequence[SSAValue], inputs: Iterable[Sequence[Tensor]]
     found: list[Sample] = []
     for place, given in enumerate(inputs):
         _check(arguments, place, given)
-        found += _sequences(arguments, place, given)
+        found += _sequences(arguments, place, [tensor.detach().cpu() for tensor in given])
     return found
 
 

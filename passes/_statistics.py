@@ -76,31 +76,52 @@ class InputStatistics:
         return -_tail(below, total, share, -self.minimum.min()), _tail(above, total, share, self.maximum.max())
 
 
-class Statistics:
-    """Sums over calibration inputs, asked for by site. `samples` sequences were seen; `settings` say how."""
+@dataclass(frozen=True)
+class Part:
+    """The sums of one kind, and what of them each site asks for."""
 
-    def __init__(
-        self, shards: Shards, asked: dict[tuple[Operation, str], Asked], settings: Settings, samples: int
-    ) -> None:
-        self.settings, self.samples = settings, samples
-        self._shards, self._asked = shards, asked
+    shards: Shards
+    asked: dict[tuple[Operation, str], Asked]
+
+    def covers(self, module: ModuleOp) -> bool:
+        """Whether every site of the module is one of these."""
+        wanted = [site for site in sites(module) if not site.is_probabilities]
+        return all((site.operation, site.operand) in self.asked for site in wanted)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over calibration inputs, asked for by site.
+
+    `samples` sequences were seen, of `wanted` inputs at most; `settings` say how, `loss` what `fisher` differentiates.
+    """
+
+    parts: dict[str, Part]
+    settings: Settings
+    samples: int
+    wanted: int | None = None
+    loss: str | None = None
 
     @property
     def kinds(self) -> frozenset[str]:
         """What was collected."""
-        return self.settings.kinds
+        return frozenset(self.parts)
 
     def holds(self, module: ModuleOp, kinds: Sequence[str]) -> bool:
         """Whether these are statistics of every site of the module, of all these kinds."""
-        wanted = [site for site in sites(module) if not site.is_probabilities]
-        return set(kinds) <= self.kinds and all((site.operation, site.operand) in self._asked for site in wanted)
+        return all(kind in self.parts and self.parts[kind].covers(module) for kind in kinds)
+
+    def beside(self, other: Statistics) -> Statistics:
+        """These, and the kinds of the other that are missing here."""
+        loss = self.loss if "fisher" in self.parts else other.loss
+        return replace(self, parts={**other.parts, **self.parts}, loss=loss)
 
     def inputs(self, site: Site) -> InputStatistics:
         """Of what the site's contraction reads: the input that meets it for a weight, the operand itself otherwise.
 
         Raises MxloomError where there is none, or where no row of it was data.
         """
-        keys = self._asked_of(site).values
+        keys = self._asked_of("ranges", site).values
         if not keys:
             raise MxloomError(f"{site.name}: it meets no computed value, so its inputs have no statistics")
         return _inputs(merged([self._sums("ranges", key, site) for key in keys]))
@@ -111,7 +132,7 @@ class Statistics:
         [K, K]; [experts, K, K] for experts and [groups, K, K] for a convolution in groups, each over its own rows (0
         where an expert saw none). Columns of a convolution lie as in its weight: channel, then kernel position.
         """
-        keys = self._asked_of(site).products
+        keys = self._asked_of("hessian", site).products
         if not keys:
             raise MxloomError(f"{site.name}: no weight meets a computed value there, so it has no Hessian")
         sums = merged([self._sums("hessian", key, site) for key in keys])
@@ -120,7 +141,7 @@ class Statistics:
 
     def hessian_rows(self, site: Site) -> Tensor:
         """How many rows each matrix of `hessian` rests on: [1], [experts] or [groups] int64."""
-        return merged([self._sums("hessian", key, site) for key in self._asked_of(site).products])["rows"]
+        return merged([self._sums("hessian", key, site) for key in self._asked_of("hessian", site).products])["rows"]
 
     def fisher(self, site: Site) -> Tensor:
         """Mean squared gradient of the loss in f32.
@@ -129,47 +150,45 @@ class Statistics:
         contractions that read it see it together. Another operand: [K], the mean over its rows of (dL/dx)^2, x as all
         contractions that read it see it together.
         """
-        sums = self._sums("fisher", cast(str, self._asked_of(site).gradients), site)
+        sums = self._sums("fisher", cast(str, self._asked_of("fisher", site).gradients), site)
         return (sums["squares"] / sums["rows"]).float()
 
     def rows(self, kind: str, site: Site) -> int:
         """Rows (of a weight's `fisher`: sequences) that a site's statistics of a kind rest on."""
-        asked = self._asked_of(site)
-        gradients = [asked.gradients] if asked.gradients else []
-        keys = {"ranges": asked.values, "hessian": asked.products, "fisher": gradients}[kind]
-        return sum(int(self._shards.rows(kind, key).sum()) for key in keys)
+        part = self._part(kind, site)
+        return sum(int(part.shards.rows(kind, key).sum()) for key in self._asked_of(kind, site).of(kind))
 
     def check_reached(self, module: ModuleOp) -> None:
         """Raise MxloomError naming the first site of which no row was data."""
         for site in sites(module):
-            if site.is_probabilities:
-                continue
-            asked = self._asked_of(site)
-            for kind, keys in (("ranges", asked.values), ("hessian", asked.products), ("fisher", [asked.gradients])):
-                if kind in self.kinds and keys and keys[0] is not None and self.rows(kind, site) == 0:
+            for kind in self.parts if not site.is_probabilities else ():
+                if self._asked_of(kind, site).of(kind) and self.rows(kind, site) == 0:
                     raise _unreached(site)
 
     def thin(self) -> list[tuple[str, int, int]]:
         """The Hessians that rest on fewer rows than they have columns: site, rows, columns."""
-        found: list[tuple[str, int, int]] = []
-        if "hessian" in self.kinds:
-            for key, unit in units_of(self._shards.plan)["hessian"].items():
-                rows = int(self._shards.rows("hessian", key).min())
-                if rows < unit.size:
-                    found.append((key, rows, unit.size))
-        return found
+        if "hessian" not in self.parts:
+            return []
+        shards = self.parts["hessian"].shards
+        units = units_of(shards.plan)["hessian"]
+        rows = {key: int(shards.rows("hessian", key).min()) for key in units}
+        return [(key, rows[key], unit.size) for key, unit in units.items() if rows[key] < unit.size]
 
-    def _asked_of(self, site: Site) -> Asked:
+    def _part(self, kind: str, site: Site) -> Part:
+        if kind not in self.parts:
+            raise MxloomError(f"{site.name}: {kind} was not collected; these were: {', '.join(sorted(self.parts))}")
+        return self.parts[kind]
+
+    def _asked_of(self, kind: str, site: Site) -> Asked:
         if site.is_probabilities:
             raise MxloomError(f"{site.name}: probabilities are inside the operation and are not observed")
-        if (site.operation, site.operand) not in self._asked:
+        asked = self._part(kind, site).asked
+        if (site.operation, site.operand) not in asked:
             raise MxloomError(f"{site.name} is no site of the module that these statistics are of: collect them again")
-        return self._asked[site.operation, site.operand]
+        return asked[site.operation, site.operand]
 
     def _sums(self, kind: str, key: str, site: Site) -> Sums:
-        if kind not in self.kinds:
-            raise MxloomError(f"{site.name}: {kind} was not collected; these were: {', '.join(sorted(self.kinds))}")
-        found = self._shards.sums(kind, key)
+        found = self._part(kind, site).shards.sums(kind, key)
         if not found:
             raise _unreached(site)
         return found
@@ -185,13 +204,25 @@ def statistics_of(ctx: Context, module: ModuleOp, pass_name: str, *kinds: str, f
     for kind in kinds:
         one_of("kind", kind, KINDS)
     held = getattr(ctx, "statistics", None)
-    other_loss = fisher is not None and isinstance(held, Statistics) and held.settings.fisher != fisher
-    if isinstance(held, Statistics) and held.holds(module, kinds) and not other_loss:
+    if not isinstance(held, Statistics):
+        return _collected(ctx, module, pass_name, Settings(frozenset(kinds), fisher=fisher))
+    missing = {kind for kind in kinds if not held.holds(module, [kind])}
+    if fisher is not None and held.loss != fisher:
+        missing |= {"fisher"} & {*kinds}
+    if not missing:
         return held
-    wanted = frozenset(kinds) | (held.kinds if isinstance(held, Statistics) else frozenset())
-    settings = held.settings.of(wanted) if isinstance(held, Statistics) else Settings(wanted)
-    settings = settings if fisher is None else replace(settings, fisher=fisher)
-    found = collect(ctx, module, pass_name, settings)
+    settings = replace(held.settings, kinds=frozenset(missing), fisher=fisher or held.settings.fisher)
+    found = _collected(ctx, module, pass_name, settings, samples=held.wanted)
+    if held.holds(module, [*(held.kinds - missing)]):
+        found = found.beside(held)
+        ctx.statistics = found  # pyright: ignore[reportAttributeAccessIssue]
+    return found
+
+
+def _collected(
+    ctx: Context, module: ModuleOp, pass_name: str, settings: Settings, samples: int | None = None
+) -> Statistics:
+    found = collect(ctx, module, pass_name, settings, samples=samples)
     assert found is not None
     return found
 
@@ -212,11 +243,11 @@ def collect(
     """
     weights = weights_of(ctx, pass_name)
     sequences = sequences_of(ctx, module, pass_name, samples)
-    task = getattr(ctx, "task", None)
-    shards, asked = collected(module, weights, sequences, settings, task=task, save=save, only=only)
-    if shards is None:
+    collection = collected(module, weights, sequences, settings, task=getattr(ctx, "task", None), save=save, only=only)
+    if collection.is_partial:
         return None
-    found = Statistics(shards, asked, settings, len(sequences))
+    part = Part(collection.shards, collection.asked)
+    found = Statistics(dict.fromkeys(settings.kinds, part), settings, len(sequences), samples, collection.loss)
     if isinstance(ctx, CompileContext):
         ctx.statistics = found
     if thin := found.thin():

@@ -367,7 +367,7 @@ def _is_number(value: SSAValue) -> bool:
 def parameter_values(op: ParameterOp, weights: Weights) -> Tensor:
     name, element, shape = op.source.data, element_of(op.result), shape_of(op.result)
     if formats.is_wide(element):
-        tensor = weights.wide(name).to(torch_dtype(element))
+        tensor = weights.wide(name).to("cpu", torch_dtype(element))
     else:
         assert isinstance(element, TypeAttribute)
         tensor = weights.encoded(name, element, shape).decode()
