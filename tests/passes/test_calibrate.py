@@ -160,7 +160,11 @@ def test_passes_collect_once_what_they_share_and_again_what_was_forgotten() -> N
     assert statistics_of(ctx, module, "two", "hessian") is first and asked == [7]
     both = statistics_of(ctx, module, "two", "ranges")
     assert both.kinds == {"hessian", "ranges"} and asked == [7, 7]
+    assert both.parts["hessian"] is first.parts["hessian"], "what is there is not collected again"
     assert statistics_of(ctx, module, "three", "ranges", "hessian") is both
+    drawn = statistics_of(ctx, module, "three", "fisher", fisher="kl")
+    assert drawn.loss == "kl" and drawn.kinds == {"hessian", "ranges", "fisher"}
+    assert statistics_of(ctx, module, "three", "fisher", fisher="kl") is drawn
     forget(ctx)
     assert statistics_of(ctx, module, "four", "ranges") is not both
     other = module.clone()

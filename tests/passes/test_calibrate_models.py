@@ -13,9 +13,11 @@ import transformers
 from torch import Tensor, nn
 
 import mxloom
+from mxloom.backends.reference import body
 from mxloom.compiler.driver import import_source
 from mxloom.compiler.model_source import ModelSource, open_model
 from mxloom.passes import _segments
+from mxloom.passes._observed import plan_of
 from mxloom.passes._sites import Site, sites
 from mxloom.passes._statistics import Statistics
 
@@ -254,6 +256,40 @@ def test_a_weight_read_twice_has_all_rows_and_the_whole_gradient(monkeypatch: py
         assert found.inputs(site).rows == 16
         assert near(found.inputs(site).largest, rows.abs().amax(0))
         assert near(found.fisher(site), hooks.squares["layer"] / 8)
+
+
+class Remembered(nn.Module):
+    """A value that layers read one after the other, as decoders read what an encoder made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.memory = nn.Linear(6, 6)
+        self.readers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = torch.tanh(self.memory(x))
+        for reader in self.readers:
+            x = torch.tanh(x + reader(memory))
+        return x.sum(1, keepdim=True)
+
+
+def test_a_value_that_several_segments_read_has_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_segments, "TARGET", 1)
+    monkeypatch.setattr(_segments, "NEAR", 1)
+    model, x = Remembered().eval(), random(8, 6)
+    source = open_model(model, example={"x": x})
+    module = import_source(source).clone()
+    plan = plan_of(module)
+    assert len(_segments.segments_of(body(module), plan, _segments.fixed_values(body(module)))) >= 4
+    found, site, hooks = collected(module, source.weights, [[x]]), site_in(module), Hooks(model)
+    for row in x.double():
+        hooks.backward(hooks.model(row[None]).sum())
+    for name in hooks.layers:
+        assert near(found.fisher(site(f"{name}.weight")), hooks.squares[name] / 8)
+    # The memory is read by the three readers alone, so its gradient is that of all that read it.
+    assert near(found.fisher(site("readers.1.input")), hooks.gradients("readers.0").square().mean(0))
+    assert torch.equal(found.fisher(site("readers.0.input")), found.fisher(site("readers.2.input")))
 
 
 def test_float_statistics_are_those_of_the_model_before_its_casts() -> None:
