@@ -21,6 +21,7 @@ from ..dialects.operations.opaque import AtenOp
 from ..dialects.windows import WindowAttr
 from ._opaque_macs import opaque_macs
 from ._shapes import Shapes, shapes_in, values_of
+from .cached import Cached, cached, rounded_positions, split_bits
 from .stored_tensors import Tensor, high_blocks, sized, stored_tensors
 from .weight_store import WeightStore
 
@@ -72,6 +73,8 @@ class Cost:
     contractions: tuple[Contracted, ...]
     additions: int = 0
     """Additions and subtractions of the rotations (`mx.hadamard`) at run time."""
+    caches: tuple[Cached, ...] = ()
+    """Keys and values of causal attention, as a cache holds them after all positions of the inputs."""
 
     @property
     def parameters(self) -> int:
@@ -117,6 +120,21 @@ class Cost:
         return sum(c.traffic_bytes for c in self.contractions)
 
     @property
+    def cache_bits(self) -> float:
+        """Average bits of an element in the cache, its wide newest positions included."""
+        return ratio(sum(c.bits for c in self.caches), sum(c.elements for c in self.caches))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache after the inputs' positions."""
+        return sum(-(-c.bits // 8) for c in self.caches)
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """Bytes of the cache for each token of the inputs: an average at that length, for the newest may be wide."""
+        return sum(c.bytes_per_token for c in self.caches)
+
+    @property
     def padded(self) -> tuple[Tensor, ...]:
         """The tensors, stored or read by a contraction, of which padding and scales are more than half."""
         stored = [tensor for tensor in self.tensors if tensor.is_padded]
@@ -131,13 +149,17 @@ class Cost:
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        """One line of totals, and one more where blocks that do not fill their dimension more than double a tensor."""
+        """A line of totals, one of the cache where it is narrow, and one of tensors that padding more than doubles."""
         totals = (
             f"{self.weight_bits:.4f} bits a parameter ({self.quantized_weight_bits:.4f} where quantized), "
             f"{self.activation_bits:.4f} bits an activation, {self.bytes:,} bytes, {self.macs:,} MACs, "
             f"{self.traffic_bytes:,} bytes of traffic"
             f"{f', {self.additions:,} additions of rotations' if self.additions else ''}"
         )
+        if any(c.narrow for c in self.caches):
+            length = max(c.positions for c in self.caches)
+            each = f"{self.cache_bytes_per_token:,.1f} bytes of cache a token at {length} tokens"
+            totals += f"\n{self.cache_bits:.4f} bits a cached element, {each}"
         if not self.padded:
             return totals
         named = ", ".join(map(str, sorted(self.padded, key=lambda tensor: -tensor.bits)[:PADDED_SHOWN]))
@@ -154,12 +176,16 @@ class Cost:
             "macs",
             "traffic_bytes",
             "additions",
+            "cache_bits",
+            "cache_bytes",
+            "cache_bytes_per_token",
         )
         return {
             "inputs": [list(s) for s in self.inputs],
             **{name: getattr(self, name) for name in totals},
             "tensors": [asdict(t) for t in self.tensors],
             "contractions": [asdict(c) for c in self.contractions],
+            "caches": [asdict(c) for c in self.caches],
         }
 
 
@@ -184,7 +210,8 @@ def cost(
             additions += op.additions(lambda v: shapes[v])
         elif isinstance(op, AtenOp) and (found := _opaque(op, shapes, values, weights)) is not None:
             contractions.append(found)
-    return Cost(tuple(sizes), tuple(stored_tensors(module, weights, state)), tuple(contractions), additions)
+    stored = tuple(stored_tensors(module, weights, state))
+    return Cost(tuple(sizes), stored, tuple(contractions), additions, tuple(cached(module, shapes)))
 
 
 def _contracted(op: Contraction, shapes: Shapes, store: WeightStore) -> Contracted:
@@ -192,7 +219,8 @@ def _contracted(op: Contraction, shapes: Shapes, store: WeightStore) -> Contract
     counted = _Counted()
     for name in op.reduced():
         tensor = _operand(op, name, shapes, store)
-        counted.add(name, *tensor, is_weight=name in weights, is_moved=name != "probabilities")
+        bits = _split(op, name, shapes) if isinstance(op, AttentionOp) else None
+        counted.add(name, *tensor, is_weight=name in weights, is_moved=name != "probabilities", bits=bits)
     counted.add_results(op, shapes)
     macs = op.macs(lambda v: shapes[v])
     found = counted.contracted(path_of(op.results[0]) or op.name, op.name.removeprefix("mx."), macs, _why(op))
@@ -245,10 +273,12 @@ class _Counted:
         *,
         is_weight: bool,
         is_moved: bool = True,
+        bits: int | None = None,
     ) -> None:
-        """Count an operand; one that is made inside the operation is not moved."""
+        """Count an operand, which may take other `bits` than its format has; what the operation makes is not moved."""
         self.formats[name] = name_of(format)
         tensor = sized(name, format, shape, high_blocks)
+        tensor = tensor if bits is None else replace(tensor, bits=bits, own_bits=bits)
         if is_wide(format):
             self.wide[name] = None
         if is_weight:
@@ -292,6 +322,15 @@ def _operand(
         return format, (*query[:-1], key[-2]), None
     value = cast(SSAValue, getattr(op, name))
     return _element(value), shapes[value], high_blocks(value, store)
+
+
+def _split(op: AttentionOp, name: str, shapes: Shapes) -> int | None:
+    """Bits of key or value where its newest positions are read wide, as the last query finds them; else None."""
+    if name not in ("key", "value") or (wide := getattr(op, f"wide_{name}")) is None:
+        return None
+    batch, heads, positions, width = shapes[value := getattr(op, name)]
+    rounded = rounded_positions(op, name, positions)
+    return split_bits((batch, heads, positions, width), rounded, _element(value), _element(wide))
 
 
 def _element(value: SSAValue) -> Attribute:

@@ -101,8 +101,10 @@ def attention_forward(
     """transformers' attention contract as flash attention has it: attention_mask is padding [B, K] or a whole 4-D mask.
 
     query [B, H, Q, D], key and value [B, G, K, D] -> ([B, Q, H, Dv], None). Where the module carries
-    `mxloom_attention`, it says how the operands are rounded (`query`, `key`, `value`: functions of a tensor) and the
-    probabilities (`keywords` of the operator).
+    `mxloom_attention`, it says how the operands are rounded (`query`, `key`, `value`: functions of a tensor), which
+    the newest positions of a cache are (`wide_key` and `wide_value`: functions of key and value), and how the
+    probabilities are rounded (`keywords` of the operator). Raises MxloomError where a cache hands over positions that
+    are not there yet, of which the newest are not known.
     """
     import torch
 
@@ -111,6 +113,14 @@ def attention_forward(
             f"{type(module).__name__} gives its attention {unknown[0]!r}, which mx.attention does not have"
         )
     rounding = getattr(module, "mxloom_attention", {})
+    newest = [
+        rounding[f"wide_{n}"](t) if f"wide_{n}" in rounding else None for n, t in (("key", key), ("value", value))
+    ]
+    if any(part is not None for part in newest) and attention_mask is not None and attention_mask.ndim == 4:
+        raise MxloomError(
+            f"{type(module).__name__} reads a cache of a fixed size or a mask of its own, in which the newest "
+            "positions are not the last: use the dynamic cache of transformers, which is its default"
+        )
     query, key, value = (
         rounding[name](tensor) if name in rounding else tensor
         for name, tensor in (("query", query), ("key", key), ("value", value))
@@ -134,6 +144,7 @@ def attention_forward(
         padding,
         bias,
         s_aux,
+        *newest,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         causal=causal,
         window=sliding_window,
@@ -153,10 +164,14 @@ def mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Padding [B, K] where the mask function is causal or bidirectional, in a window or not; else eager's own mask."""
+    """Padding [B, K] where the mask function is causal or bidirectional, in a window or not; else eager's own mask.
+
+    A cache of a fixed size holds positions behind the last query: then it is eager's too.
+    """
     from transformers.masking_utils import eager_mask
 
-    if mask_pattern(mask_function) is None:
+    pattern = mask_pattern(mask_function)
+    if pattern is None or (pattern[0] and kv_offset + kv_length != q_offset + q_length):
         return eager_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     return None if attention_mask is None else attention_mask[:, -kv_length:]
 

@@ -18,7 +18,7 @@ from ..dialects.integer_attribute import IntegerMeaningAttr
 from ..dialects.operations._operation import AsCodes
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
-from ..dialects.operations.contraction import Contraction, EmbeddingOp, ExpertLinearOp, LinearOp
+from ..dialects.operations.contraction import Contraction, ConvOp, EmbeddingOp, ExpertLinearOp, LinearOp
 from ..dialects.operations.hadamard import HadamardOp
 from ..dialects.operations.parameter import ParameterOp
 from ..dialects.windows import WindowAttr
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from .compiled import Compiled
 
 Round = Callable[["Tensor"], "Tensor"]
+
+NEWEST = ("wide_key", "wide_value")
+"""The operands of attention for the newest positions of a cache, which it does not round."""
 
 
 def to_hf(compiled: Compiled) -> Any:
@@ -72,6 +75,8 @@ def to_hf(compiled: Compiled) -> Any:
                 f"the {what} %{op.result.name_hint or '?'} changes a value between the modules of "
                 f"{compiled.source.name}, which no Hugging Face module stands for; run the compiled model itself"
             )
+        if isinstance(op, ParameterOp) and _is_made(op.result, own):
+            _check_read(op.result, compiled)
     if any(hasattr(module, "round_input") or hasattr(module, "mxloom_attention") for module in model.modules()):
         model.save_pretrained = _no_folder
     return model
@@ -108,9 +113,13 @@ def _transfer(
     names = op.reduced() if isinstance(op, Contraction) else {"weight": (-1,)}
     casts = {name: _casts(getattr(op, name)) for name in names if name != "probabilities"}
     changed = any(casts.values()) or any(not is_wide(_element(getattr(op, n))) for n in casts)
-    changed = changed or ("weight" in casts and _is_made(op, own))
+    changed = changed or ("weight" in casts and _is_made(op.weight, own))  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(op, LinearOp | ConvOp) and op.bias is not None and _is_made(op.bias, own):
+        _set_bias(_submodule(model, module_name(op), compiled), op.bias, compiled)
     if not changed and not getattr(op, "probabilities", None):
         return
+    if isinstance(op, AttentionOp):
+        casts |= {name: _casts(value) for name in NEWEST if (value := getattr(op, name)) is not None}
     for chain in casts.values():
         reached.update(chain)
     if isinstance(op, AttentionOp):
@@ -214,11 +223,30 @@ def _element(value: SSAValue) -> Attribute:
     return value.type.element_type  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _is_made(op: Any, own: frozenset[str]) -> bool:
-    """Whether a pass made the weight of an operation from one of the `own` ones of the model, and named it after it."""
-    owner = root(op.weight).owner
+def _is_made(value: SSAValue, own: frozenset[str]) -> bool:
+    """Whether a pass made a parameter from one of the `own` ones of the model, and named it after it."""
+    owner = root(value).owner
     name = owner.source.data if isinstance(owner, ParameterOp) else ""
     return name not in own and any(name[:end] in own for end, mark in enumerate(name) if mark == ".")
+
+
+def _check_read(value: SSAValue, compiled: Compiled) -> None:
+    """MxloomError where something else than a module's weight or bias is a parameter that a pass made."""
+    for use in value.uses:
+        if isinstance(use.operation, CastOp):
+            _check_read(use.operation.result, compiled)
+        elif not isinstance(use.operation, Contraction | EmbeddingOp):
+            raise MxloomError(
+                f"%{value.name_hint}, which a pass made, is read by {use.operation.name}, and no module of "
+                f"{compiled.source.name} has it as weight or bias; run the compiled model itself"
+            )
+
+
+def _set_bias(module: nn.Module, value: SSAValue, compiled: Compiled) -> None:
+    import torch
+
+    owner = cast(ParameterOp, root(value).owner)
+    module.bias = torch.nn.Parameter(compiled.weights.wide(owner.source.data).clone(), requires_grad=False)
 
 
 def _casts(value: SSAValue) -> list[CastOp | HadamardOp]:
@@ -307,14 +335,24 @@ def _emulated(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _attention(op: AttentionOp, module: Any, casts: dict[str, list[CastOp | HadamardOp]]) -> None:
     """Leave the formats with the attention module, where the attention interface finds them."""
-    rounding: dict[str, Any] = {name: _rounding(chain) for name, chain in casts.items() if chain}
+    rounding: dict[str, Any] = {name: _rounding(chain) for name, chain in casts.items() if chain or name in NEWEST}
+    keywords: dict[str, Any] = {}
     if op.probabilities is not None:
-        rounding["keywords"] = {
+        keywords = {
             "probabilities": str(op.probabilities),
             "scale_rule": op.scale_rule.data if op.scale_rule else None,
             "rounding": op.rounding.data if op.rounding else "rne",
         }
-    module.mxloom_attention = rounding
+    for name in ("key_wide", "key_step", "value_wide", "value_step"):
+        if (number := getattr(op, name)) is not None:
+            keywords[name] = number.value.data
+    if op.window is not None and max(keywords.get(name, 1) for name in ("key_step", "value_step")) > 1:
+        raise MxloomError(
+            f"the cache of %{module_name(op)} rounds several positions together, and transformers drops what has left "
+            f"its window of {op.window.value.data} positions: what is left of a group cannot be rounded again; run the "
+            "compiled model itself, or round this layer's keys and values per token"
+        )
+    module.mxloom_attention = rounding | ({"keywords": keywords} if keywords else {})
 
 
 def _untie(model: nn.Module) -> None:

@@ -36,6 +36,15 @@ def _known_passes(pipeline: str) -> str:
     return _accepted(parse_passes, pipeline)
 
 
+def _check_cache(rule: Any) -> None:
+    from ..passes._cache import kept_by
+
+    try:
+        kept_by(rule)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
 def _known_pattern(pattern: str) -> str:
     """A pattern that matching cannot stumble over later: a regular expression is compiled here."""
     from ..passes._pattern import search
@@ -75,8 +84,14 @@ Kinds = Annotated[
     AfterValidator(_each_once),
 ]
 Count = Annotated[int, Field(le=LARGEST)]
+Positions = Annotated[int, Field(ge=0, le=LARGEST)]
+Per = Literal["token", "channel"]
 ScaleRule = Literal["floor", "ceil", "even", "rceil"]
 RoundingMode = Literal["rne", "rna", "rtz", "stochastic"]
+
+
+_FORMATS = ("weights", "activations", "attention", "cache", "cache_keys", "cache_values")
+"""The keys of a rule that give a format."""
 
 
 class _Strict(BaseModel):
@@ -95,6 +110,16 @@ class Rule(_Strict):
     activations: Format | None = Field(None, description="format of the other operands")
     attention: Format | None = Field(None, description="format of the operands of attention and of its probabilities")
     cache: Format | None = Field(None, description="format in which keys and values are cached")
+    cache_keys: Format | None = Field(None, description="format of the cached keys, in place of cache")
+    cache_values: Format | None = Field(None, description="format of the cached values, in place of cache")
+    keys_per: Per | None = Field(None, description="what a scale of the keys stands for; token if left out")
+    keys_wide: Positions | None = Field(None, description="how many of the newest keys stay wide; 0 if left out")
+    keys_step: Positions | None = Field(None, description="how many keys are rounded at a time; a block's if left out")
+    values_per: Per | None = Field(None, description="what a scale of the values stands for; token if left out")
+    values_wide: Positions | None = Field(None, description="how many of the newest values stay wide; 0 if left out")
+    values_step: Positions | None = Field(
+        None, description="how many values are rounded at a time; a block's if left out"
+    )
     scale_rule: ScaleRule | None = Field(None, description="how block scales are chosen; the recipe's if left out")
     rounding: RoundingMode | None = Field(None, description="how elements are rounded; the recipe's if left out")
     weight_threshold: float | None = Field(None, description="impact above which a block of a mixed weight is high")
@@ -102,11 +127,12 @@ class Rule(_Strict):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
-        formats = [name for name in ("weights", "activations", "attention", "cache") if getattr(self, name) is not None]
+        formats = [name for name in _FORMATS if getattr(self, name) is not None]
         if self.keep is None and not formats:
             raise ValueError("the rule has no effect: give it weights, activations, attention, cache or keep")
         if self.keep is not None and formats:
             raise ValueError(f"keep and {formats[0]} contradict each other: give one of them")
+        _check_cache(self)
         return self
 
     def rounds_by_chance(self, recipe: Recipe) -> bool:
@@ -115,7 +141,7 @@ class Rule(_Strict):
 
     def takes_scale_rule(self) -> bool:
         """Whether one of its formats has scales that a rule chooses."""
-        given = (self.weights, self.activations, self.attention, self.cache)
+        given = (getattr(self, name) for name in _FORMATS)
         return any(takes_scale_rule(format_of(text)) for text in given if text is not None)
 
     def options(self, recipe: Recipe) -> dict[str, Any]:

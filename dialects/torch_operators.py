@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _SCHEMAS = {
     "attention": "(Tensor query, Tensor key, Tensor value, Tensor? padding=None, Tensor? bias=None, "
-    "Tensor? sinks=None, *, float scale, bool causal, int? window=None, float? softcap=None, str? probabilities=None, "
-    'str? scale_rule=None, str rounding="rne") -> Tensor',
+    "Tensor? sinks=None, Tensor? wide_key=None, Tensor? wide_value=None, *, float scale, bool causal, "
+    "int? window=None, float? softcap=None, str? probabilities=None, str? scale_rule=None, "
+    'str rounding="rne", int key_wide=0, int key_step=1, int value_wide=0, int value_step=1) -> Tensor',
     "rms_norm": "(Tensor input, Tensor? weight, float eps, bool unit_offset) -> Tensor",
     "rope": "(Tensor input, Tensor cos, Tensor sin, bool halves) -> Tensor",
     "expert_linear": "(Tensor input, Tensor weight, Tensor index, Tensor? bias, bool transposed) -> Tensor",
@@ -68,6 +69,8 @@ def attention(
     padding: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    wide_key: Tensor | None = None,
+    wide_value: Tensor | None = None,
     *,
     scale: float,
     causal: bool,
@@ -76,19 +79,26 @@ def attention(
     probabilities: str | None = None,
     scale_rule: str | None = None,
     rounding: str = "rne",
+    key_wide: int = 0,
+    key_step: int = 1,
+    value_wide: int = 0,
+    value_step: int = 1,
 ) -> Tensor:
     """The eager attention of transformers, operation for operation, so that wholly masked rows agree too.
 
     query [B, H, Q, D], key and value [B, G, K, D], padding [B, K] bool, bias [B, 1 or H, Q, K], sinks [H]
-    -> [B, H, Q, Dv].
+    -> [B, H, Q, Dv]. Where `wide_key` or `wide_value` (like key and value) is given, a query reads from it the
+    positions that `narrowed` leaves out. The scores, and their products with the value, are then computed twice.
     """
     import torch
 
-    key, value = (_shared_heads(shared, query.shape[1]) for shared in (key, value))
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    rows, columns, heads = query.shape[2], key.shape[2], query.shape[1]
+    scores = torch.matmul(query, _shared_heads(key, heads).transpose(2, 3)) * scale
+    if wide_key is not None:
+        wide = torch.matmul(query, _shared_heads(wide_key, heads).transpose(2, 3)) * scale
+        scores = torch.where(narrowed(rows, columns, key_wide, key_step, query.device), scores, wide)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    rows, columns = query.shape[2], key.shape[2]
     allowed = visible(rows, columns, causal, window, padding, query.device)
     if allowed is not None:
         lowest = torch.finfo(scores.dtype).min
@@ -105,7 +115,25 @@ def attention(
         weights = weights[..., :columns]
     if probabilities is not None:
         weights = torch.ops.mxloom.quantize(weights, probabilities, scale_rule, rounding)
-    return torch.matmul(weights, value)
+    if wide_value is None:
+        return torch.matmul(weights, _shared_heads(value, heads))
+    narrow = narrowed(rows, columns, value_wide, value_step, query.device)
+    newest = torch.matmul(weights.masked_fill(narrow, 0.0), _shared_heads(wide_value, heads))
+    return torch.matmul(weights.masked_fill(~narrow, 0.0), _shared_heads(value, heads)) + newest
+
+
+def narrowed(rows: int, columns: int, wide: int, step: int, device: Any) -> Tensor:
+    """Which key each query finds rounded in the cache, [Q, K] bool: those whose `step` has left the `wide` newest.
+
+    The queries are the last of the positions. The one at position t, which counts from 0, sees t + 1 of them, of which
+    the newest `wide` (its own is the first of these) are as they were computed. The others are rounded `step` at a
+    time, from the first on: position s is rounded where step * (s // step + 1) <= t + 1 - wide.
+    """
+    import torch
+
+    seen = torch.arange(rows, device=device)[:, None] + (columns - rows + 1)
+    ends = (torch.arange(columns, device=device)[None] // step + 1) * step
+    return ends <= seen - wide
 
 
 def _shared_heads(shared: Tensor, heads: int) -> Tensor:

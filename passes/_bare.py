@@ -11,6 +11,7 @@ from ..backends.weight_store import WeightStore
 from ..dialects.operations.attention import AttentionOp
 from ..dialects.operations.cast import CastOp
 from ..dialects.operations.parameter import ParameterOp
+from ._cache import set_newest
 from ._given import WIDE
 
 Twins = dict[Operation, Operation]
@@ -33,6 +34,8 @@ def bare(module: ModuleOp, weights: Weights | None = None) -> tuple[ModuleOp, Tw
         elif isinstance(op, AttentionOp):
             for name in ("probabilities", "scale_rule", "rounding"):
                 op.properties.pop(name, None)
+            for name in ("key", "value"):
+                set_newest(op, name, None)
     return copy, {one: other for one, other in twins.items() if not isinstance(one, CastOp)}
 
 

@@ -26,7 +26,7 @@ def values_behind(reader: LinearOp) -> tuple[LinearOp, int, int] | None:
     if not isinstance(attention, AttentionOp):
         return None
     readers = list(reads_of(root(attention.value)))
-    if [(op, operand_names(op)[place]) for op, place in readers] != [(attention, "value")]:
+    if {(op, operand_names(op)[place].removeprefix("wide_")) for op, place in readers} != {(attention, "value")}:
         return None
     layer = _only_moved(root(attention.value), to_heads=True)
     if not isinstance(layer, LinearOp) or plain_weight(layer, "weight") is None:

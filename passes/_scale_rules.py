@@ -239,9 +239,10 @@ def _scale_factor(region: Scaling, op: MatmulOp) -> None:
 
 def _attention(region: Scaling, op: AttentionOp) -> None:
     """Channels of the value are channels of the result, in every head of its group."""
-    require_unscaled(region, op, [v for v in op.operands if v is not op.value])
+    values = [value for value in (op.value, op.wide_value) if value is not None]
+    require_unscaled(region, op, [v for v in op.operands if v not in values])
     heads, groups = shape_of(op.query)[1], shape_of(op.value)[1]
-    if UNKNOWN in (heads, groups) or op.value in (op.query, op.key):
+    if UNKNOWN in (heads, groups) or any(value in (op.query, op.key, op.wide_key) for value in values):
         raise UnfollowedError(f"{called(op)} has no heads of its own for its value")
 
     def backward(labels: Labels) -> Labels:

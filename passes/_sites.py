@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -93,6 +93,11 @@ class Site:
         return source.name_hint or f"{module_name(self.operation)}.{self.operand}"
 
     @property
+    def read(self) -> SSAValue:
+        """The operand in the format of this site: what attention reads may be rounded once more behind the cache."""
+        return _under_attention(self.value) if self.role == "cache" else self.value
+
+    @property
     def format(self) -> Attribute:
         """The format that the operation reads here now."""
         if self.is_probabilities:
@@ -102,12 +107,11 @@ class Site:
                 if probabilities is None
                 else probabilities
             )
-        value = _under_attention(self.value) if self.role == "cache" else self.value
-        return cast(TensorType, value.type).element_type
+        return cast(TensorType, self.read.type).element_type
 
     @property
     def is_wide(self) -> bool:
-        return is_wide(self.format) if self.role != "cache" else not _is_cache(_under_attention(self.value))
+        return is_wide(self.format) if self.role != "cache" else not _is_cache(self.read)
 
     @property
     def rule(self) -> int | None:
@@ -133,37 +137,41 @@ class Site:
             "give the format when the model is compiled"
         )
 
-    def layout(self, format: str) -> Attribute:
-        """The type of a named format, laid out for this operand: blocks run along what the operation sums over."""
-        return format_of(format, rank=len(self.shape), dims=self._reduced())
+    def layout(self, format: str, dims: Sequence[int] | None = None) -> Attribute:
+        """The type of a named format, laid out for this operand: blocks run along `dims`, or what is summed over."""
+        return format_of(format, rank=len(self.shape), dims=dims or self._reduced())
 
-    def retype(self, format: str, how: Rounding | None = None) -> None:
+    def retype(self, format: str, how: Rounding | None = None, dims: Sequence[int] | None = None) -> None:
         """Round this operand into `format`; readers of one value that round it alike share one cast.
 
         UsageError where the value under all casts is narrow already (`rounded`).
         """
         if reason := self.rounded():
             raise UsageError(f"{self.name} {reason}")
-        type, how = self.layout(format), how or Rounding()
+        type, how = self.layout(format, dims), how or Rounding()
         how = replace(how, scale_rule=how.scale_rule or default_scale_rule(type))
         if self.is_probabilities:
             set_probabilities(cast(AttentionOp, self.operation), type, how)
             return
-        before = self.value
+        value = self.value
         if self.role == "cache":
-            self._set(_cast_of(root(before), type, how, cache=True))
+            self._set(self.operand, rounded_alike(value, _cast_of(root(value), type, how, cache=True)))
+        elif self.role == "attention":
+            self._set(self.operand, _cast_of(_under_attention(value), type, how))
+            if isinstance(newest := getattr(self.operation, f"wide_{self.operand}", None), SSAValue):
+                self._set(f"wide_{self.operand}", _cast_of(root(newest), type, how))
         else:
-            self._set(_cast_of(_under_attention(before) if self.role == "attention" else root(before), type, how))
-        _drop_unused(before)
+            self._set(self.operand, _cast_of(root(value), type, how))
 
-    def _set(self, value: SSAValue) -> None:
-        old = self.value
-        for index, operand in enumerate(self.operation.operands):
-            if operand is old and self._owns(index):
-                self.operation.operands[index] = value
+    def _set(self, operand: str, value: SSAValue) -> None:
+        """Let the operation read another value in the operand of that name (one value may stand in two operands)."""
+        place = operand_names(self.operation).index(operand)
+        old = self.operation.operands[place]
+        self.operation.operands[place] = value
+        _drop_unused(old)
 
     def _owns(self, index: int) -> bool:
-        """Whether operand `index` is the one called `self.operand` (one value may stand in two operands)."""
+        """Whether operand `index` is the one called `self.operand`."""
         return operand_names(self.operation)[index] == self.operand
 
     def _reduced(self) -> tuple[int, ...]:
@@ -257,6 +265,14 @@ def _under_attention(value: SSAValue) -> SSAValue:
     while isinstance(value.owner, CastOp) and not _is_cache(value):
         value = value.owner.input
     return value
+
+
+def rounded_alike(value: SSAValue, base: SSAValue) -> SSAValue:
+    """`base` under the casts with which attention rounds `value`, behind the cache."""
+    owner = value.owner
+    if not isinstance(owner, CastOp) or _is_cache(value):
+        return base
+    return _cast_of(rounded_alike(owner.input, base), owner.result.type.element_type, owner.how())
 
 
 def _cast_of(value: SSAValue, format: Attribute, how: Rounding, *, cache: bool = False) -> SSAValue:

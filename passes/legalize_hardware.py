@@ -309,7 +309,7 @@ class _Legalization:
         return window
 
     def _attention(self, op: AttentionOp) -> None:
-        for name in ("softcap", "bias", "sinks"):
+        for name in ("softcap", "bias", "sinks", "wide_key", "wide_value"):
             if getattr(op, name) is not None:
                 raise _UnfitError(f"mx.attention has no {name} in integers")
         for name in ("query", "key"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -17,16 +17,21 @@ from ..dialects.formats import MixedType, Rounding, takes_scale_rule, verify_ten
 from ..dialects.formats._format import POWER_OF_TWO_RULES
 from ..dialects.instances import format_of
 from ._absent import absent, opaque, without_sites
+from ._cache import Kept, kept_by
 from ._pattern import search
 from ._sites import Role, Site, sites
 
-_KEYS: dict[Role, str] = {
+_KEYS = {
+    "keys": "cache",
+    "values": "cache",
     "weight": "weights",
     "activation": "activations",
     "attention": "attention",
-    "cache": "cache",
 }
-"""What the user types for a role."""
+"""What the user types for a place: a role, but that the cache has keys and values."""
+
+_CACHED = {"key": "keys", "value": "values"}
+"""The places of the operands that a cache holds."""
 
 _THRESHOLDS: tuple[Role, ...] = ("weight", "activation")
 """The roles that take mixed formats."""
@@ -51,6 +56,10 @@ class Quantize(ModulePass):
     operations (`linear`, `conv`, `matmul`, `attention`, `expert_linear`; an embedding, which is a look-up and no
     contraction, only where `kind` names it). A role without a format stays wide, and so does everything that `keep`
     matches: `keep=f32` leaves it, `keep=bf16` rounds its operands to bf16. `seed` starts stochastic rounding.
+    `cache` is the format in which keys and values are cached; `cache_keys` and `cache_values` are those of one of them.
+    `keys_per` and `values_per` say what a scale of a format of blocks stands for: `token`, the default, or `channel`;
+    `keys_wide` and `values_wide`, how many of the newest positions stay wide; `keys_step` and `values_step`, how many
+    positions are rounded at a time (docs/cache.md).
     Mixed formats keep a block in their high format where its impact exceeds `weight_threshold` or
     `activation_threshold`; without these the pass `mix` says which blocks.
     Raises `RuleError` where the rule, or one of its formats, changes nothing.
@@ -64,6 +73,14 @@ class Quantize(ModulePass):
     activations: str | None = None
     attention: str | None = None
     cache: str | None = None
+    cache_keys: str | None = None
+    cache_values: str | None = None
+    keys_per: str | None = None
+    keys_wide: int | None = None
+    keys_step: int | None = None
+    values_per: str | None = None
+    values_wide: int | None = None
+    values_step: int | None = None
     keep: str | None = None
     scale_rule: str | None = None
     rounding: str = "rne"
@@ -85,62 +102,93 @@ class Quantize(ModulePass):
         formats = self._formats()
         self._check_scale_rule(rule, formats)
         self._check_thresholds(rule, formats)
-        for role, format in formats.items():
-            concerned = [s for s in chosen if s.role == role]
+        for place, format in formats.items():
+            concerned = [s for s in chosen if _place(s) == place]
             if not concerned and self.keep is None:
-                what = f"{_KEYS[role]}={format!r} has no effect"
-                left = opaque(op, ("attention",)) if role in ("attention", "cache") else ""
+                what = f"{self._typed(place)}={format!r} has no effect"
+                left = opaque(op, ("attention",)) if place not in ("weight", "activation") else ""
                 why = f"none of the modules that {self.match!r} matches has such an operand{left}"
                 raise RuleError(rule, f"{what}: {why}")
             for site in concerned:
                 self._check_lies(rule, site, format)
-        for role, format in formats.items():
+        for place, format in formats.items():
             for site in chosen:
-                if site.role == role:
-                    site.retype(format, self._how(role, site.layout(format)))
+                if _place(site) == place:
+                    self._round(site, format)
         for site in chosen:
             site.operation.attributes["rule"] = IntegerAttr(rule, 64)
 
-    def _formats(self) -> dict[Role, str]:
-        """The cache first: attention's own cast then stands upon it."""
+    def _formats(self) -> dict[str, str]:
+        """The format of each place, the cache's first: attention's own cast then stands upon it."""
         if self.keep is not None:
-            return (
-                {}
-                if self.keep == "f32"
-                else {"cache": self.keep, "weight": self.keep, "activation": self.keep, "attention": self.keep}
-            )
-        given: dict[Role, str | None] = {
-            "cache": self.cache,
+            return {} if self.keep == "f32" else dict.fromkeys(_KEYS, self.keep)
+        given = {
+            **{place: kept.format for place, kept in kept_by(self).items()},
             "weight": self.weights,
             "activation": self.activations,
             "attention": self.attention,
         }
-        return {role: format for role, format in given.items() if format is not None}
+        return {place: format for place, format in given.items() if format is not None}
+
+    def _typed(self, place: str) -> str:
+        """The option that gives a place its format."""
+        if self.keep is not None:
+            return "keep"
+        own = {"keys": self.cache_keys, "values": self.cache_values}.get(place)
+        return f"cache_{place}" if own is not None else _KEYS[place]
+
+    def _kept(self, site: Site, format: str) -> Kept | None:
+        """How the cache holds an operand; None for what is no cache's."""
+        if site.role != "cache":
+            return None
+        return Kept(format) if self.keep is not None else kept_by(self)[_place(site)]
+
+    def _layout(self, site: Site, format: str) -> Attribute:
+        kept = self._kept(site, format)
+        return site.layout(format) if kept is None else kept.layout(site)
+
+    def _round(self, site: Site, format: str) -> None:
+        kept, how = self._kept(site, format), self._how(site.role, self._layout(site, format))
+        if kept is None:
+            site.retype(format, how)
+        else:
+            kept.keep(site, how)
 
     def _check(self, rule: int) -> None:
-        if self.keep is not None and any((self.weights, self.activations, self.attention, self.cache)):
+        formats = (self.weights, self.activations, self.attention, self.cache, self.cache_keys, self.cache_values)
+        if self.keep is not None and any(formats):
             raise RuleError(rule, "keep= and formats contradict each other; give one or the other")
         if self.keep is not None and self.keep not in ("f32", "bf16", "f16"):
             raise RuleError(rule, f"keep={self.keep!r}: a rule keeps f32, bf16 or f16")
-        if not any((self.keep, self.weights, self.activations, self.attention, self.cache)):
+        if not any((self.keep, *formats)):
             raise RuleError(rule, "the rule names no format; give weights=, activations=, attention=, cache= or keep=")
+        self._or_refuse(rule, lambda: kept_by(self))
         if self.seed < 0:
             raise RuleError(rule, f"seed={self.seed}: a seed is 0 or more")
         for kind in self.kind:
             if kind not in (*CONTRACTIONS, "embedding"):
                 raise RuleError(rule, f"unknown kind {kind!r}{did_you_mean(kind, (*CONTRACTIONS, 'embedding'))}")
 
+    def _or_refuse(self, rule: int, check: Callable[[], object]) -> None:
+        """Name the rule in what a check refuses."""
+        try:
+            check()
+        except UsageError as error:
+            raise RuleError(rule, str(error)) from None
+
     def _check_lies(self, rule: int, site: Site, format: str) -> None:
         """Raise RuleError where blocks of the format do not lie on the operand, or it is narrow for good."""
         if reason := site.rounded():
             raise RuleError(rule, f"{site.name} {reason}")
         try:
-            verify_tensor(TensorType(site.layout(format), site.shape))
+            verify_tensor(TensorType(self._layout(site, format), site.shape))
         except VerifyException as error:
             shape = ", ".join("?" if size == DYNAMIC_INDEX else str(size) for size in site.shape)
             reason = str(error).replace(str(DYNAMIC_INDEX), "?")
-            key = "keep" if self.keep is not None else _KEYS[site.role]
+            key = self._typed(_place(site))
             raise RuleError(rule, f"{key}={format!r} does not fit {site.name} [{shape}]: {reason}") from None
+        if (kept := self._kept(site, format)) is not None:
+            self._or_refuse(rule, lambda: kept.steps(site))
 
     def _how(self, role: Role, format: Attribute) -> Rounding:
         threshold = self._threshold(role) if isinstance(format, MixedType) else None
@@ -150,12 +198,14 @@ class Quantize(ModulePass):
         """The block impact above which operands of a role keep the high format, where the rule says one."""
         return {"weight": self.weight_threshold, "activation": self.activation_threshold}.get(role)
 
-    def _check_thresholds(self, rule: int, formats: dict[Role, str]) -> None:
+    def _check_thresholds(self, rule: int, formats: dict[str, str]) -> None:
         """Raise RuleError for a mixed format where none can be, and for a threshold without a mixed format."""
-        mixed: set[Role] = {role for role, format in formats.items() if isinstance(format_of(format), MixedType)}
-        for role in sorted(mixed):
-            if role not in _THRESHOLDS:
-                raise RuleError(rule, f"{_KEYS[role]}={formats[role]!r}: only weights and activations are mixed")
+        mixed = {place for place, format in formats.items() if isinstance(format_of(format), MixedType)}
+        for place in sorted(mixed):
+            if place not in _THRESHOLDS:
+                raise RuleError(
+                    rule, f"{self._typed(place)}={formats[place]!r}: only weights and activations are mixed"
+                )
         for role in _THRESHOLDS:
             if self._threshold(role) is not None and role not in mixed:
                 raise RuleError(rule, f"{role}_threshold has no effect: {_KEYS[role]}= is no mixed format")
@@ -164,14 +214,14 @@ class Quantize(ModulePass):
         """The rule's own where the format has power-of-two scales; other scales have one rule only."""
         return self.scale_rule if takes_scale_rule(format) else None
 
-    def _check_scale_rule(self, rule: int, formats: dict[Role, str]) -> None:
+    def _check_scale_rule(self, rule: int, formats: dict[str, str]) -> None:
         if self.scale_rule is None:
             return
         if self.scale_rule not in POWER_OF_TWO_RULES:
             hint, known = did_you_mean(self.scale_rule, POWER_OF_TWO_RULES), ", ".join(POWER_OF_TWO_RULES)
             raise RuleError(rule, f"unknown scale_rule {self.scale_rule!r}{hint}; known: {known}")
         if not any(self._scale_rule(format_of(format)) for format in formats.values()):
-            given = ", ".join(formats.values()) or "its formats"
+            given = ", ".join(dict.fromkeys(formats.values())) or "its formats"
             what = f"scale_rule={self.scale_rule!r} has no effect"
             raise RuleError(rule, f"{what}: none of {given} has power-of-two scales")
 
@@ -191,6 +241,11 @@ class Quantize(ModulePass):
             name, kind = next(iter(other.items()))
             hint = f"; {name} is of kind {kind}: name it with kind={kind}"
         raise RuleError(rule, f"{self.match!r} matches 0 of {len(names)} modules{hint or nearest(self.match, names)}")
+
+
+def _place(site: Site) -> str:
+    """Which of the rule's formats a site takes: that of its role, or of what a cache holds there."""
+    return _CACHED[site.operand] if site.role == "cache" else site.role
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -65,7 +65,7 @@ class Scale(ModulePass):
         return site.role in roles and isinstance(site.format, BlockType) and not site.is_probabilities
 
     def _set(self, site: Site) -> None:
-        owner = site.value.owner
+        owner = site.read.owner
         if not isinstance(owner, CastOp):
             raise UsageError(
                 f"scale: the scales of {site.name} were chosen by a pass before; put scale before clip, gptq and mix"

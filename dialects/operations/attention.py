@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from xdsl.dialects.builtin import FloatAttr, IntegerAttr, StringAttr, TensorType, UnitAttr, f64
-from xdsl.ir import Attribute, TypeAttribute
+from xdsl.ir import Attribute, SSAValue, TypeAttribute
 from xdsl.irdl import (
     AttrSizedOperandSegments,
     irdl_op_definition,
@@ -27,7 +27,7 @@ from ._integer_meaning import require_exponential, require_fixed
 from ._operation import Call
 from ._shapes import UNKNOWN, Shape, ShapeOf, element_of, fits, same, shape_of, text
 from ._torch_operation import Aten, TorchOperation
-from .cast import check_rule
+from .cast import CastOp, check_rule
 from .contraction import Contraction, Reduced
 
 Pair = tuple[tuple[Attribute, int], tuple[Attribute, int]]
@@ -40,6 +40,9 @@ class AttentionOp(Contraction):
     query [B, H, Q, D], key [B, G, K, D], value [B, G, K, Dv], padding [B, K] bool, bias broadcast to [B, H, Q, K],
     sinks [H] -> [B, H, Q, Dv]. `causal` and `window` say who sees whom, `softcap` bounds the scores. Where
     `probabilities` is a format, the softmax is rounded into it (by `scale_rule` and `rounding`) before it meets value.
+    Where `wide_key` is given, a query reads from it, and not from `key`, which is the same value rounded, the newest
+    `key_wide` positions that it sees, and those of a step of `key_step` positions that are not yet complete behind
+    them; so it is with `wide_value` (`torch_operators.narrowed` states the rule). Each pair counts once in `macs`.
     With `integer`, `scores` (a fixed-point format), `score_window` and `value_window` it is
     `integer_attention.attention`: all four or none.
     """
@@ -55,6 +58,8 @@ class AttentionOp(Contraction):
     padding = opt_operand_def(TensorType)
     bias = opt_operand_def(TensorType)
     sinks = opt_operand_def(TensorType)
+    wide_key = opt_operand_def(TensorType)
+    wide_value = opt_operand_def(TensorType)
     scale = prop_def(FloatAttr)
     causal = opt_prop_def(UnitAttr)
     window = opt_prop_def(IntegerAttr)
@@ -62,6 +67,10 @@ class AttentionOp(Contraction):
     probabilities = opt_prop_def(TypeAttribute)
     scale_rule = opt_prop_def(StringAttr)
     rounding = opt_prop_def(StringAttr)
+    key_wide = opt_prop_def(IntegerAttr)
+    key_step = opt_prop_def(IntegerAttr)
+    value_wide = opt_prop_def(IntegerAttr)
+    value_step = opt_prop_def(IntegerAttr)
     integer = opt_prop_def(IntegerMeaningAttr)
     scores = opt_prop_def(FixedType)
     score_window = opt_prop_def(WindowAttr)
@@ -93,8 +102,28 @@ class AttentionOp(Contraction):
             self.require(
                 fits(query[1:2], got), f"sinks must hold one number a head {text(query[1:2])}, got {text(got)}"
             )
+        for name in ("key", "value"):
+            self._check_newest(name)
         self._check_probabilities()
         self._check_integer()
+
+    def _check_newest(self, name: str) -> None:
+        """The newest positions of key or value: the same value, in an order of time that the operation states."""
+        wide, stated = getattr(self, f"wide_{name}"), [f"{name}_{what}" for what in ("wide", "step")]
+        numbers = [number.value.data for what in stated if (number := getattr(self, what)) is not None]
+        if wide is None:
+            self.require(not numbers, f"{' and '.join(stated)} belong to a wide_{name}, which is missing")
+            return
+        self.require(len(numbers) == 2, f"with a wide_{name} it states {' and '.join(stated)}")
+        kept, step = numbers
+        self.require(kept >= 0, f"{stated[0]} is a number of positions, 0 or more, got {kept}")
+        self.require(step >= 1, f"{stated[1]} is a number of positions, 1 or more, got {step}")
+        self.require(self.causal is not None, f"a wide_{name} holds the newest positions: it must be causal")
+        rounded = getattr(self, name)
+        self.require(
+            _under_casts(wide) is _under_casts(rounded),
+            f"the wide_{name} and the {name} must be one value, under casts alone",
+        )
 
     def fields(self) -> dict[str, Any]:
         """The format of the probabilities goes to torch by its text."""
@@ -119,7 +148,7 @@ class AttentionOp(Contraction):
             return
         self.require(not missing, f"computed in integers, it states {', '.join(stated)}; {missing[:1]} is missing")
         self.require(self.probabilities is not None, "computed in integers, it states the format of its probabilities")
-        for name in ("softcap", "bias", "sinks"):
+        for name in ("softcap", "bias", "sinks", "wide_key", "wide_value"):
             self.require(getattr(self, name) is None, f"computed in integers, it takes no {name}")
         require_fixed(self, {"result": self.result})
         assert self.scores is not None and self.probabilities is not None
@@ -193,6 +222,12 @@ class AttentionOp(Contraction):
     def reduced(self) -> Reduced:
         """Where blocks run. Those of the value run along its width, for a cache grows by whole positions."""
         return {"query": (-1,), "key": (-1,), "value": (-1,), "probabilities": (-1,)}
+
+
+def _under_casts(value: SSAValue) -> SSAValue:
+    while isinstance(value.owner, CastOp):
+        value = value.owner.input
+    return value
 
 
 @irdl_op_definition
