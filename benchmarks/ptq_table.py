@@ -20,8 +20,8 @@ from published import Measured, embedded, recipe, smollm2
 import mxloom
 
 FORMATS = ("mxfp4", "nvfp4", "mxint4", "int4_g128", "int4_channel")
-BLOCKS = {"mxfp4": 32, "nvfp4": 16, "mxint4": 32, "int4_g128": 128, "int4_channel": 64}
-"""Sizes of rotations: the format's block, or a power of two that divides every width."""
+BLOCKS = {"mxfp4": 32, "nvfp4": 16, "mxint4": 32, "int4_g128": 64, "int4_channel": 64}
+"""Sizes of rotations: the format's block, or the largest power of two that divides every width of both models."""
 
 
 def methods(format: str) -> dict[str, list[str]]:

@@ -1,5 +1,8 @@
 """Scale rules that try several scales: the golden of four-over-six, brute force, and what they refuse."""
 
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,8 @@
 """`clip`: each metric's error, measured here, is nowhere above that of the rule's scale; what it refuses."""
 
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+
 import pytest
 import torch
 from torch import nn

@@ -1,5 +1,8 @@
 """Weights whose codes a pass decided: the module, the store and the artefact hold them, the source stays as it was."""
 
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,8 @@
 """`gptq`: lower output error than plain rounding in every format; what it promises of scales, and what it refuses."""
 
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+
 import pytest
 import torch
 from torch import nn

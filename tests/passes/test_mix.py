@@ -1,5 +1,8 @@
 """`mix`: FGMP's golden, one threshold for all, sensitivities at run time, ablations, and what it refuses."""
 
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,8 @@
 """The search of scales: goldens, brute force, and that no block is ever worse than under its rule's scale."""
 
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalOperand=false
+
 import json
 from itertools import product
 from pathlib import Path
