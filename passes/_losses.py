@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xdsl.dialects.builtin import ArrayAttr, ModuleOp, StringAttr, TensorType
+from xdsl.dialects.builtin import ArrayAttr, IntegerAttr, ModuleOp, StringAttr, TensorType
 from xdsl.dialects.func import FuncOp, ReturnOp
 
 from ..backends.reference import body
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is differentiated: `output` is its place among the module's, `labels` that of the tokens among the inputs.
+    """What is differentiated: `outputs` are places among the module's, `labels` that of the tokens among the inputs.
 
     `loss`: next-token cross entropy with the data as labels, summed over the sequence's predicted tokens.
     `kl`: labels are drawn from the model's own distribution at each data position, so that the expected squares are
-    the diagonal of the Hessian of KL(model || changed model) (Martens, arXiv 1412.1193, section 5); an output that is
-    no logits is projected on random signs: the diagonal of the Hessian of half its squared distance.
+    the diagonal of the Hessian of KL(model || changed model) (Martens, arXiv 1412.1193, section 5); outputs that are no
+    logits are projected on random signs: the diagonal of the Hessian of half their squared distance.
     """
 
     kind: str
-    output: int
+    outputs: tuple[int, ...]
     is_logits: bool
     labels: int | None
     seed: int = 0
 
-    def gradient(self, output: Tensor, sample: Sample, number: int) -> Tensor:
+    def gradient(self, place: int, output: Tensor, sample: Sample, number: int) -> Tensor:
         """d loss / d output. `number` is the sample's in the whole calibration: it seeds what is drawn."""
         import torch
 
         if self.kind == "loss":
             assert self.labels is not None
             return _next_token(output, sample, sample.inputs[self.labels])
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + number) * 64 + place) % 2**63)
         if self.is_logits:
             return _drawn(output, sample, generator)
         return _signs(output, sample, generator)
@@ -58,27 +58,36 @@ def loss_of(module: ModuleOp, kind: str | None, task: str | None, seed: int = 0)
     block = body(module)
     returned = block.last_op
     assert isinstance(returned, ReturnOp)
-    function = next(op for op in module.body.block.ops if isinstance(op, FuncOp))
-    names = function.attributes.get("outputs")
-    listed = [name.data for name in names if isinstance(name, StringAttr)] if isinstance(names, ArrayAttr) else []
-    absent = function.attributes.get("absent")
-    gone = {each.value.data for each in absent} if isinstance(absent, ArrayAttr) else set()  # pyright: ignore[reportAttributeAccessIssue]
-    present = [name for place, name in enumerate(listed) if place not in gone]
-    floats = [place for place, value in enumerate(returned.operands) if _is_float(value.type)]
+    names = _output_names(module)
+    floats = tuple(place for place, value in enumerate(returned.operands) if _is_float(value.type))
     if not floats:
         raise MxloomError("the model yields no float tensor: there is no loss to take gradients of")
-    output = present.index("logits") if "logits" in present else floats[0]
-    rank = len(shape_of(returned.operands[output]))
     inputs = [argument.name_hint for argument in block.args]
-    is_logits = "logits" in present
-    has_labels = is_logits and rank == 3 and "input_ids" in inputs
+    logits = names.index("logits") if "logits" in names else None
+    rank = len(shape_of(returned.operands[logits])) if logits is not None else 0
+    has_labels = rank == 3 and "input_ids" in inputs
     if kind == "loss" and not has_labels:
         raise UsageError(
             "fisher=loss needs labels, and only a causal language model finds them in its data: its input input_ids, "
             "its output logits [batch, tokens, vocabulary]; this module is none: take fisher=kl"
         )
     chosen = kind or ("loss" if has_labels and task in (None, "causal-lm") else "kl")
-    return Loss(chosen, output, is_logits, inputs.index("input_ids") if has_labels else None, seed)
+    is_logits = logits is not None and rank in (2, 3)  # of more, nobody knows which dimension counts classes
+    outputs = (logits,) if logits is not None and is_logits else floats
+    return Loss(chosen, outputs, is_logits, inputs.index("input_ids") if has_labels else None, seed)
+
+
+def _output_names(module: ModuleOp) -> list[str]:
+    """The names of the outputs that are there."""
+    function = next(op for op in module.body.block.ops if isinstance(op, FuncOp))
+    names, absent = (function.attributes.get(name) for name in ("outputs", "absent"))
+    listed = [name.data for name in names if isinstance(name, StringAttr)] if isinstance(names, ArrayAttr) else []
+    gone = (
+        [place.value.data for place in absent if isinstance(place, IntegerAttr)]
+        if isinstance(absent, ArrayAttr)
+        else []
+    )
+    return [name for place, name in enumerate(listed) if place not in gone]
 
 
 def _is_float(type: object) -> bool:

@@ -163,7 +163,7 @@ class Statistics:
         for site in sites(module):
             for kind in self.parts if not site.is_probabilities else ():
                 if self._asked_of(kind, site).of(kind) and self.rows(kind, site) == 0:
-                    raise _unreached(site)
+                    raise _unreached(site, kind)
 
     def thin(self) -> list[tuple[str, int, int]]:
         """The Hessians that rest on fewer rows than they have columns: site, rows, columns."""
@@ -190,7 +190,7 @@ class Statistics:
     def _sums(self, kind: str, key: str, site: Site) -> Sums:
         found = self._part(kind, site).shards.sums(kind, key)
         if not found:
-            raise _unreached(site)
+            raise _unreached(site, kind)
         return found
 
 
@@ -276,10 +276,11 @@ def forget(ctx: Context) -> None:
         ctx.statistics = None
 
 
-def _unreached(site: Site) -> MxloomError:
+def _unreached(site: Site, kind: str) -> MxloomError:
+    what = "no gradient of the loss reached it" if kind == "fisher" else "nothing is known of it"
     return MxloomError(
-        f"{site.name} was reached 0 times in calibration (tokens 0): nothing is known of it; give inputs that reach "
-        "it, or leave it out of the pass"
+        f"{site.name} was reached 0 times in calibration (tokens 0): {what}; give inputs that reach it, or leave it "
+        "out of the pass"
     )
 
 

@@ -148,10 +148,11 @@ class Sweep:
         """The gradient of the loss at a value that a segment yields: what later segments told, and the loss itself."""
         assert self.loss is not None
         found = shelf.take((number, "gradient", value))
-        if value is not self.outputs[self.loss.output]:
-            return found
-        own = self.loss.gradient(tensor.detach(), sample, first + number)
-        return own if found is None else found.add_(own)
+        for place in self.loss.outputs:
+            if value is self.outputs[place]:
+                own = self.loss.gradient(place, tensor.detach(), sample, first + number)
+                found = own if found is None else found.add_(own)
+        return found
 
     def _leaf(self, value: SSAValue, held: Any) -> Any:
         return held.detach().requires_grad_() if value in self._follows else held

@@ -30,6 +30,19 @@ def test_an_output_that_is_no_logits_is_projected_on_signs() -> None:
     assert found.samples == 7
 
 
+def test_of_outputs_without_logits_all_are_projected() -> None:
+    text = """func.func @f(%x: tensor<?x6xf32>) -> (tensor<?x4xf32>, tensor<?x2xf32>) {
+      %v = mx.parameter "v" : tensor<4x6xf32>
+      %y = mx.linear %x, %v : (tensor<?x6xf32>, tensor<4x6xf32>) -> tensor<?x4xf32>
+      %w = mx.parameter "w" : tensor<2x6xf32>
+      %z = mx.linear %x, %w : (tensor<?x6xf32>, tensor<2x6xf32>) -> tensor<?x2xf32>
+      func.return %y, %z : tensor<?x4xf32>, tensor<?x2xf32> }"""
+    x = random(7, 6)
+    found, site = of_text(text, {"v": random(4, 6), "w": random(2, 6)}, [x])
+    for name, rows in (("y.weight", 4), ("z.weight", 2)):
+        assert near(found.fisher(site(name)), x.double().square().mean(0).expand(rows, 6))
+
+
 def test_drawn_labels_have_the_curvature_of_the_divergence() -> None:
     """E over labels of (p - onehot)^2 x^2 = p (1 - p) x^2, the diagonal of the Hessian of KL in W (softmax of W x)."""
     text = """func.func @f(%x: tensor<?x3xf32>) -> tensor<?x5xf32> attributes {outputs = ["logits"]} {
