@@ -177,11 +177,14 @@ def test_without_a_token_of_data_it_is_refused() -> None:
         CorrectBias().apply(ctx, held.module)
 
 
-def test_what_is_saved_is_loaded(tmp_path) -> None:
+def test_what_is_saved_is_loaded_and_hugging_face_models_have_it(tmp_path) -> None:
     held = model("llama")
     held.source.loaded().save_pretrained(tmp_path / "own")
     recipe = {"quantize": [{"weights": "int4_channel", "activations": "mxint8"}], "passes": ["clip,correct-bias"]}
     made = mxloom.compile(tmp_path / "own", recipe, calibration=[{"input_ids": TOKENS["input_ids"]}])
     again = load(save(made, tmp_path / "a"))
     assert "lm_head.weight.bias" in str(again.module)
-    assert again(**TOKENS).logits.equal(made(**TOKENS).logits)
+    logits = made(**TOKENS).logits
+    assert again(**TOKENS).logits.equal(logits)
+    with torch.no_grad():
+        assert made.to_hf()(**TOKENS, use_cache=False).logits.equal(logits)

@@ -196,3 +196,14 @@ def test_what_is_saved_is_loaded(tmp_path) -> None:
     assert "model.embed_tokens.weight.smoothed" in str(made.module)
     again = load(save(made, tmp_path / "a"))
     assert again(**TOKENS).logits.equal(made(**TOKENS).logits)
+
+
+def test_hugging_face_models_have_the_folded_scales_and_no_products_between_modules() -> None:
+    made = mxloom.compile(model("llama_tied").source, {"quantize": [BOTH], "passes": ["smooth"]}, calibration=[TOKENS])
+    with torch.no_grad():
+        logits = made.to_hf()(**TOKENS, use_cache=False).logits
+    assert logits.equal(made(**TOKENS).logits)
+    recipe = {"quantize": [BOTH], "passes": ["smooth{online=true}"]}
+    made = mxloom.compile(model("gpt2").source, recipe, calibration=[TOKENS])
+    with pytest.raises(MxloomError, match=r"c_proj\.weight\.input_scale, which a pass made, is read by mx\.mul"):
+        made.to_hf()
