@@ -91,7 +91,7 @@ def _sensitivity(site: Site, how: Thresholds, weights: WeightStore, statistics: 
     if how.metric == "random":
         return _random(site, how)
     if how.metric == "output":
-        return _weights_met(site, weights)
+        return weights_met(site, weights)
     assert statistics is not None
     found = statistics.fisher(site)
     if found.numel() == 1:
@@ -112,7 +112,7 @@ def _random(site: Site, how: Thresholds) -> Tensor:
     return (high.float() * NEVER).repeat_interleave(size)[:channels]
 
 
-def _weights_met(site: Site, weights: WeightStore) -> Tensor:
+def weights_met(site: Site, weights: WeightStore) -> Tensor:
     """The squares of the weights that each channel is multiplied with, of all operations that read the value."""
     import torch
 

@@ -14,11 +14,12 @@ from ..dialects.formats import BlockType, Encoded, MixedType, Rounding
 from ..dialects.formats._builtin import numbers_of
 from ..dialects.formats._format import Given
 from ..dialects.instances import name_of
+from ._activation_clips import clip_activations
 from ._context import note, weights_of
 from ._given import UNDECIDED, narrow_weights, rounding_of, set_given, wide_weight
 from ._metrics import METRICS, error_of, statistics_for
 from ._scale_search import Chosen, search_scales
-from ._sites import Site
+from ._sites import Site, sites
 from ._statistics import Statistics
 from .quantize import matches, nearest
 
@@ -40,7 +41,9 @@ class Clip(ModulePass):
     Tried are all scales that an 8-bit float can store (126 for NVFP4), exponent offsets from -3 to 2 of power-of-two
     scales, parts from 0.3 to 1 of the largest magnitude for float scales of integers, and OCTAV's. A block keeps the
     scale of its rule where none is better. `shared`: weights that meet one input have one scale of the tensor
-    (NVFP4), as kernels that fuse them need. Only weights that `match` names (as in `quantize`) change.
+    (NVFP4), as kernels that fuse them need. With `role=activations` casts of activations make their scales for the part
+    of the range, 1 to 0.4, that has the least error over the calibration inputs (`mse`, or `output`: by the squares of
+    the weights that a channel meets), or for a `percentile` of the magnitudes. `match` is as in `quantize`.
     """
 
     name = "clip"
@@ -48,11 +51,19 @@ class Clip(ModulePass):
     metric: str = "mse"
     match: str = "*"
     shared: bool = False
+    role: str = "weights"
+    percentile: float | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         if self.metric not in METRICS:
             raise UsageError(f"clip: unknown metric {self.metric!r}; known: {', '.join(METRICS)}")
         weights = weights_of(ctx, self.name)
+        if self.role == "activations":
+            self._activations(ctx, op, weights)
+            return
+        if self.role != "weights" or self.percentile is not None:
+            raise UsageError(f"clip: role is weights or activations, got {self.role!r}" if self.role != "weights" else
+                             "clip: percentile says how activations are clipped: give role=activations")  # fmt: skip
         chosen = scaled_weights(op, self.match, self.name)
         statistics = statistics_for(self.metric, ctx, op, self.name)
         factors = shared_scales(chosen, weights) if self.shared else {}
@@ -65,6 +76,18 @@ class Clip(ModulePass):
             changed, blocks = changed + found.changed, blocks + found.errors.numel()
         note(ctx, f"clip{{metric={self.metric}}}: {changed} of {blocks} blocks in {len(chosen)} weights have another "
                   "scale than their rule's")  # fmt: skip
+
+    def _activations(self, ctx: Context, op: ModuleOp, weights: WeightStore) -> None:
+        if self.metric not in ("mse", "output") or self.shared:
+            raise UsageError("clip: activations are clipped for metric=mse or output, or at a percentile, each alone")
+        if self.percentile is not None and not 0 < self.percentile <= 100:
+            raise UsageError(f"clip: a percentile lies above 0 and at most at 100, got {self.percentile}")
+        rounded = [s for s in sites(op) if s.role == "activation" and isinstance(s.format, BlockType)]
+        found = [s for s in rounded if matches(self.match, s.module)]
+        if not found:
+            hint = nearest(self.match, dict.fromkeys(s.module for s in rounded)) if rounded else ""
+            raise UsageError(f"clip: {self.match!r} matches no activation that is rounded into blocks{hint}")
+        note(ctx, clip_activations(ctx, op, found, weights, self.metric, self.percentile))
 
 
 def scaled_weights(module: ModuleOp, match: str, name: str) -> list[Site]:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mxloom.dialects.errors import UsageError
-from mxloom.dialects.formats import quantize
+from mxloom.dialects.formats import Rounding, quantize
+from mxloom.dialects.operations.cast import CastOp
 from mxloom.passes._given import given_encoding, narrow_weights, wide_weight
 
 from .small_models import Mlp, correlated, prepared, run
@@ -114,6 +115,30 @@ def test_weights_of_one_input_share_a_scale():
             assert 1 / by_name[names[1]] == pytest.approx(1344)
 
 
+@pytest.mark.parametrize("format", ["int8_tensor", "int4_channel", "mxfp4", "nvfp4"])
+def test_activations_keep_the_part_of_least_error(format: str):
+    """The error over all calibration rows is measured here for every part that is tried."""
+    module, _ = _prepared(f"quantize{{weights=int8_channel activations={format}}},clip{{role=activations}}")
+    (cast, *_) = [op for op in module.walk() if isinstance(op, CastOp) and op.input.name_hint == "x"]
+    kept = cast.how().clip or 1.0
+    errors = {}
+    for part in [1 - step / 20 for step in range(13)]:
+        how = Rounding(cast.how().scale_rule, clip=None if part == 1 else part)
+        off = [quantize(row, cast.result.type.element_type, how) - row for (x,) in INPUTS for row in x.split(1)]
+        errors[part] = torch.cat(off).double().square().sum().item()
+    assert errors[min(errors, key=lambda part: abs(part - kept))] == pytest.approx(min(errors.values()), rel=1e-6)
+
+
+def test_activations_at_a_percentile():
+    module, context = _prepared("quantize{activations=int8_tensor},clip{role=activations percentile=90.0}")
+    (cast, *_) = [op for op in module.walk() if isinstance(op, CastOp) and op.input.name_hint == "x"]
+    shares = []
+    for row in (row for (x,) in INPUTS for row in x.abs().split(1)):
+        shares.append(row.flatten().sort().values[int(0.9 * row.numel())].item() / row.max().item())
+    assert cast.how().clip == pytest.approx(sum(shares) / len(shares), rel=1e-5)
+    assert "2 of 2 activations" in context.notes[-1]
+
+
 def test_refused():
     with pytest.raises(UsageError, match="unknown metric 'mes'"):
         _prepared("quantize{weights=nvfp4},clip{metric=mes}")
@@ -125,6 +150,17 @@ def test_refused():
         _prepared("quantize{weights=nvfp4},pack,clip")
     with pytest.raises(UsageError, match="nothing to clip"):
         _prepared("quantize{weights=ternary},clip")
+    for options, message in (
+        ("{role=weight}", "role is weights or activations"),
+        ("{percentile=99.0}", "give role=activations"),
+        ("{role=activations percentile=101.0}", "at most at 100"),
+        ("{role=activations metric=hessian}", "metric=mse or output"),
+        ("{role=activations}", "matches no activation"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            _prepared(f"quantize{{weights=nvfp4}},clip{options}")
+    with pytest.raises(UsageError, match="clips by itself"):
+        _prepared("quantize{activations=nvfp4},scale{rule=sweep},clip{role=activations}")
     torch.manual_seed(0)
     module, context = prepared(Mlp(), {"x": torch.randn(2, 64)}, [], "quantize{weights=nvfp4}")
     with pytest.raises(UsageError, match=r"clip\{metric=hessian\}"):
