@@ -88,7 +88,8 @@ def attention(
 
     query [B, H, Q, D], key and value [B, G, K, D], padding [B, K] bool, bias [B, 1 or H, Q, K], sinks [H]
     -> [B, H, Q, Dv]. Where `wide_key` or `wide_value` (like key and value) is given, a query reads from it the
-    positions that `narrowed` leaves out. The scores, and their products with the value, are then computed twice.
+    positions that `narrowed` leaves out, and all of a step that padding is in. The scores, and their products with the
+    value, are then computed twice.
     """
     import torch
 
@@ -96,7 +97,8 @@ def attention(
     scores = torch.matmul(query, _shared_heads(key, heads).transpose(2, 3)) * scale
     if wide_key is not None:
         wide = torch.matmul(query, _shared_heads(wide_key, heads).transpose(2, 3)) * scale
-        scores = torch.where(narrowed(rows, columns, key_wide, key_step, query.device), scores, wide)
+        narrow = _narrow(narrowed(rows, columns, key_wide, key_step, query.device), key_step, padding)
+        scores = torch.where(narrow, scores, wide)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     allowed = visible(rows, columns, causal, window, padding, query.device)
@@ -117,7 +119,7 @@ def attention(
         weights = torch.ops.mxloom.quantize(weights, probabilities, scale_rule, rounding)
     if wide_value is None:
         return torch.matmul(weights, _shared_heads(value, heads))
-    narrow = narrowed(rows, columns, value_wide, value_step, query.device)
+    narrow = _narrow(narrowed(rows, columns, value_wide, value_step, query.device), value_step, padding)
     newest = torch.matmul(weights.masked_fill(narrow, 0.0), _shared_heads(wide_value, heads))
     return torch.matmul(weights.masked_fill(~narrow, 0.0), _shared_heads(value, heads)) + newest
 
@@ -134,6 +136,17 @@ def narrowed(rows: int, columns: int, wide: int, step: int, device: Any) -> Tens
     seen = torch.arange(rows, device=device)[:, None] + (columns - rows + 1)
     ends = (torch.arange(columns, device=device)[None] // step + 1) * step
     return ends <= seen - wide
+
+
+def _narrow(narrowed: Tensor, step: int, padding: Tensor | None) -> Tensor:
+    """Of [Q, K], or [B, 1, Q, K], the steps without padding: what stands there must not decide about a scale."""
+    import torch
+
+    if padding is None or step == 1:
+        return narrowed
+    columns = padding.shape[1]
+    whole = torch.nn.functional.pad(padding, (0, -columns % step), value=True).unflatten(1, (-1, step)).all(-1)
+    return narrowed & whole.repeat_interleave(step, 1)[:, None, None, :columns]
 
 
 def _shared_heads(shared: Tensor, heads: int) -> Tensor:

@@ -42,7 +42,8 @@ class AttentionOp(Contraction):
     `probabilities` is a format, the softmax is rounded into it (by `scale_rule` and `rounding`) before it meets value.
     Where `wide_key` is given, a query reads from it, and not from `key`, which is the same value rounded, the newest
     `key_wide` positions that it sees, and those of a step of `key_step` positions that are not yet complete behind
-    them; so it is with `wide_value` (`torch_operators.narrowed` states the rule). Each pair counts once in `macs`.
+    them; so it is with `wide_value` (`torch_operators.narrowed` states the rule; a step that padding is in stays
+    wide). Each pair counts once in `macs`.
     With `integer`, `scores` (a fixed-point format), `score_window` and `value_window` it is
     `integer_attention.attention`: all four or none.
     """

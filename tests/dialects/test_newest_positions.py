@@ -162,6 +162,25 @@ def run(
     return torch.ops.mxloom.attention(query, key, value, None, None, None, wide_key, wide_value, **options)
 
 
+def test_what_stands_at_padding_decides_nothing():
+    """Steps of 4 keys and 2 values behind 3 and 6 positions of padding: a step that padding is in stays wide."""
+    given, generator = operands(21), torch.Generator().manual_seed(5)
+    padding = torch.ones(2, 21, dtype=torch.bool)
+    padding[0, :3] = padding[1, :6] = False
+    options: dict[str, Any] = {"scale": 0.3, "causal": True, **NUMBERS, "value_step": 2}
+    found = attention(**given, padding=padding, **options)
+    changed = dict(given)
+    for name, step in {"key": 4, "value": 2, "wide_key": 1, "wide_value": 1}.items():
+        noise = torch.randn(given[name].shape, generator=generator, dtype=torch.float64)
+        touched = torch.stack([torch.arange(21) // step * step < count for count in (3, 6)])[:, None, :, None]
+        changed[name] = torch.where(touched, noise, given[name])
+    again = attention(**changed, padding=padding, **options)
+    for sequence, count in ((0, 3), (1, 6)):
+        assert torch.equal(again[sequence, :, count:], found[sequence, :, count:])
+    whole = attention(**given, padding=torch.ones_like(padding), **options)
+    assert torch.equal(whole, attention(**given, **options))
+
+
 def test_gradients_reach_what_each_query_reads():
     given = {name: tensor.requires_grad_() for name, tensor in operands(6).items()}
     options = {"scale": 0.3, "causal": True, "key_wide": 1, "key_step": 2, "value_wide": 2, "value_step": 1}
