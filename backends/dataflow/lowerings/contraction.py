@@ -205,7 +205,9 @@ def quantized(
     if how.clip is not None or how.rounding == "stochastic":
         raise refusal(op, "clipped and stochastic rounding of computed values have no hardware")
     if how.scale_rule in SEARCHED_RULES:
-        raise refusal(op, f"the scale rule {how.scale_rule} of computed values has no hardware: it tries several scales")
+        raise refusal(
+            op, f"the scale rule {how.scale_rule} of computed values has no hardware: it tries several scales"
+        )
     if code.block_rows != 1:
         raise refusal(op, f"a computed value in {code.name}: its blocks take several rows, a quantizer sees one")
     if code.scale is not None and code.scale.mantissa_bits:
