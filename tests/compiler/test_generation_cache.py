@@ -3,6 +3,7 @@
 # What a module holds by name is typed as a tensor or a module.
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers
 import mxloom
 from mxloom import MxloomError
 from mxloom.compiler.compiled import Compiled
+from mxloom.compiler.model_source import ModelSource, open_model
 from mxloom.compiler.recipe import Recipe
 
 from .test_hugging_face import CONFIGS, prompt
@@ -31,14 +33,20 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def compiled(name: str, rule: dict[str, Any], *passes: str) -> Compiled:
+@cache
+def source(name: str) -> ModelSource:
+    """A small model whose attention chooses, so that what is cached matters: with random weights it is nearly even."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
-    with torch.no_grad():  # random attention is nearly uniform: let it choose, so that what is cached matters
+    with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if any(part in parameter_name for part in ("q_proj.weight", "k_proj.weight", "c_attn.weight")):
                 parameter.mul_(6.0)
-    return mxloom.compile(model, {"quantize": [rule], "passes": list(passes)})
+    return open_model(model)
+
+
+def compiled(name: str, rule: dict[str, Any], *passes: str) -> Compiled:
+    return mxloom.compile(source(name), {"quantize": [rule], "passes": list(passes)})
 
 
 def greedy(model: Compiled, ids: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
@@ -70,11 +78,11 @@ def test_logits_of_one_forward_are_those_token_by_token(rule: str):
     own = compiled("llama", RULES[rule])
     ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(3))
     whole = own(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    model, cache = own.to_hf(), transformers.DynamicCache()
+    model, held = own.to_hf(), transformers.DynamicCache()
     steps: list[torch.Tensor] = []
     with torch.no_grad():
         for start, end in ((0, 7), *((t, t + 1) for t in range(7, 30))):
-            given = {"attention_mask": torch.ones(2, end, dtype=torch.long), "cache": cache, "use_cache": True}
+            given = {"attention_mask": torch.ones(2, end, dtype=torch.long), "cache": held, "use_cache": True}
             steps.append(model(input_ids=ids[:, start:end], **given).logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=2e-4)
     wide = compiled("llama", {"keep": "f32"})

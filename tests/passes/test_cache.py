@@ -25,6 +25,9 @@ from mxloom.passes.quantize import Quantize, RuleError
 from mxloom.passes.rotate import Rotate
 from mxloom.passes.scale import Scale
 
+from .scaled_models import assert_same, model
+from .test_folding import folds, scaled_everywhere
+
 TYPE = "tensor<?x{heads}x?x64xf32>"
 Q, K = TYPE.format(heads=4), TYPE.format(heads=2)
 
@@ -270,6 +273,16 @@ def test_rotation_turns_the_newest_with_the_others():
     given, weights = values(20), WeightStore.from_state_dict({})
     expected = Interpreter(attention("causal"), weights)(*given)[0]
     torch.testing.assert_close(Interpreter(module, weights)(*given)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_of_channels_passes_through_values_whose_newest_are_wide():
+    """Scales are folded from o_proj into v_proj; the function stays where nothing is rounded."""
+    plain, held = model("llama"), model("llama")
+    before = held.outputs()
+    Quantize(cache_values="f32", values_wide=2, values_step=2).apply(context(), held.module)
+    assert the_attention(held.module).wide_value is not None
+    assert folds(scaled_everywhere(held)) == folds(scaled_everywhere(plain))
+    assert_same(held.outputs(), before)
 
 
 def test_a_scale_rule_of_the_cache_keeps_what_stands_over_it():
