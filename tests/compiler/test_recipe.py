@@ -305,4 +305,4 @@ def test_numbers_of_any_size_reach_the_pass(threshold: float) -> None:
     """Python writes 1e-05, a pipeline reads an exponent behind a point only."""
     rule = {"weights": "fgmp", "weight_threshold": threshold}
     (step,) = parse_passes(Recipe.from_dict({"quantize": [rule]}).pipeline())
-    assert step.weight_threshold == threshold
+    assert vars(step)["weight_threshold"] == threshold
