@@ -32,6 +32,8 @@ func.func @attention(%q: tensor<?x4x?x16xf32>, %k: tensor<?x2x?x16xf32>, %pad: t
   %sinks = mx.parameter "sinks" : tensor<4xf32>
   // CHECK: %sunk = mx.attention %q, %k, %k, sinks = %sinks, scale = 0.25 : (tensor<?x4x?x16xf32>, tensor<?x2x?x16xf32>, tensor<?x2x?x16xf32>, tensor<4xf32>) -> tensor<?x4x?x16xf32>
   %sunk = mx.attention %q, %k, %k, sinks = %sinks, scale = 0.25 : (tensor<?x4x?x16xf32>, tensor<?x2x?x16xf32>, tensor<?x2x?x16xf32>, tensor<4xf32>) -> tensor<?x4x?x16xf32>
+  // CHECK: %kept = mx.attention %q, %k, %k, wide_key = %k, scale = 0.25, causal, key_wide = 1, key_step = 8 : (tensor<?x4x?x16xf32>, tensor<?x2x?x16xf32>, tensor<?x2x?x16xf32>, tensor<?x2x?x16xf32>) -> tensor<?x4x?x16xf32>
+  %kept = mx.attention %q, %k, %k, wide_key = %k, scale = 0.25, causal, key_wide = 1, key_step = 8 : (tensor<?x4x?x16xf32>, tensor<?x2x?x16xf32>, tensor<?x2x?x16xf32>, tensor<?x2x?x16xf32>) -> tensor<?x4x?x16xf32>
   // CHECK: %spread = mx.hadamard %q, size = 16, seed = 1 : (tensor<?x4x?x16xf32>) -> tensor<?x4x?x16xf32>
   %spread = mx.hadamard %q, size = 16, seed = 1 : (tensor<?x4x?x16xf32>) -> tensor<?x4x?x16xf32>
   // CHECK: probabilities = !mx.block<16xf4E2M1FN, f8E4M3FN, f32>, scale_rule = "absmax", rounding = "rna"
